@@ -1,0 +1,91 @@
+"""torch's scaled_dot_product_attention; full and causal attention are recognised and need no mask."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from regard import masks
+from regard.attention import tile
+from regard.attention.heads import fold, fold_mask, unfold
+from regard.attention.partial import Partial, merge
+from regard.attention.problem import Problem
+from regard.errors import Unsupported
+
+
+def refuses(p: Problem, return_lse: bool) -> str | None:
+    """Why this backend cannot solve the problem, or None."""
+    if not return_lse:
+        return None
+    if p.device.type != "cpu":
+        return "torch gives no differentiable log-sum-exp away from the CPU"
+    if p.needs_grad and p.bias is not None and p.bias.requires_grad:
+        return "torch's fused kernel gives no gradient for a bias"
+    return None
+
+
+def run(p: Problem, return_lse: bool = False) -> Partial:
+    """Attention with torch's fused kernels; without ``return_lse`` the lse of the result is meaningless.
+
+    Raises:
+        Unsupported: see `refuses`; the `blocks` backend does all of it.
+    """
+    if reason := refuses(p, return_lse):
+        raise Unsupported(f"backend 'sdpa' with return_lse: {reason}; use backend='blocks'")
+    on_cpu = p.device.type == "cpu"
+    q, k, v = fold(p, same_dim=on_cpu)
+    offset = None if p.bias is not None else causal_offset(p)
+    if on_cpu and refuses(p, True) is None:
+        out, lse = _fused(p, q, k, v, offset)
+    else:
+        out, lse = _torch(p, q, k, v, offset), q.new_empty(0)
+    return Partial(unfold(p, out[..., : p.value.shape[-1]]), unfold(p, lse) if return_lse else lse)
+
+
+def causal_offset(p: Problem) -> int | None:
+    """The c for which query i sees exactly the keys ``j <= i + c``, if the mask is of this kind (full: c = M)."""
+    if p.mask is None:
+        return p.m
+    if isinstance(p.mask, Tensor):
+        return None
+    if p.mask == masks.causal():
+        return 0
+    return None
+
+
+def _fused(p: Problem, q: Tensor, k: Tensor, v: Tensor, offset: int | None) -> Partial:
+    """On CPU the kernel under torch's function is called directly: it also returns the lse."""
+    if offset is None:
+        return Partial(*tile.Attend.apply(q, k, v, _additive(p, q.dtype), p.scale, False))
+    if offset >= p.m - 1:
+        return Partial(*tile.Attend.apply(q, k, v, None, p.scale, False))
+    recent = tile.Attend.apply(q, k[..., offset:, :], v[..., offset:, :], None, p.scale, True)
+    if offset == 0:
+        return Partial(*recent)
+    earlier = tile.Attend.apply(q, k[..., :offset, :], v[..., :offset, :], None, p.scale, False)
+    return merge(Partial(*earlier), Partial(*recent))
+
+
+def _torch(p: Problem, q: Tensor, k: Tensor, v: Tensor, offset: int | None) -> Tensor:
+    if offset is not None and offset >= p.m - 1:
+        return F.scaled_dot_product_attention(q, k, v, scale=p.scale)
+    if offset == 0:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=p.scale)
+    additive = _additive(p, q.dtype).to(q.dtype)
+    # not every kernel under torch's function survives rows that see nothing
+    unseen = (additive == -torch.inf).all(-1, keepdim=True)
+    out = F.scaled_dot_product_attention(q, k, v, additive.masked_fill(unseen, 0.0), scale=p.scale)
+    return out.masked_fill(unseen, 0.0)
+
+
+def _additive(p: Problem, dtype: torch.dtype) -> Tensor:
+    """Mask and bias as one additive tensor, broadcastable to (B·Hk, G, N, M)."""
+    wide = torch.promote_types(dtype, torch.float32)
+    allowed = p.allowed()
+    if p.bias is None:
+        assert allowed is not None
+        additive = torch.zeros(allowed.shape, dtype=wide, device=p.device).masked_fill_(~allowed, -torch.inf)
+    elif allowed is None:
+        additive = p.bias.to(wide)
+    else:
+        additive = p.bias.to(wide).masked_fill(~allowed, -torch.inf)
+    return fold_mask(p, additive)
