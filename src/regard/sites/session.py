@@ -115,12 +115,11 @@ class _Session:
 
     def _begin(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """Pre-hook of the decoder: what its call says about positions and padding, and the policy's cache."""
-        signature = inspect.signature(module.forward)
-        bound = signature.bind(*args, **kwargs)
-        given = bound.arguments
+        given = _Given(module, args, kwargs)
         if self._at("cache"):
             self._provide_cache(module.config, given)
-        tokens = given["input_ids"] if given.get("input_ids") is not None else given["inputs_embeds"]
+        tokens = given.get("input_ids")
+        tokens = given.get("inputs_embeds") if tokens is None else tokens
         n, device = tokens.shape[1], tokens.device
         positions = given.get("position_ids")
         if positions is None:
@@ -132,28 +131,26 @@ class _Session:
         if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
             valid = padding[:, -n:].bool()
         self.step = Step(positions=positions, valid=valid)
-        return bound.args, bound.kwargs
+        return given.args, given.kwargs
 
     def _before(self, site: Site):
         """Pre-hook of a site: stage `hidden`, and the step for the cache layer and the call."""
         methods = self._at("hidden", site=site)
-        signature = inspect.signature(site.module.forward)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            bound = signature.bind(*args, **kwargs)
-            given = bound.arguments
+            given = _Given(module, args, kwargs)
             for method in methods:
-                given["hidden_states"] = method.hidden(site, given["hidden_states"])
+                given.set("hidden_states", method.hidden(site, given.get("hidden_states")))
             step = replace(self.step)
             angles = given.get("position_embeddings")
             if angles is not None:
                 step.cos, step.sin = angles[0][:, None], angles[1][:, None]
-            cache = next((given[name] for name in _CACHE_ARGUMENTS if given.get(name) is not None), None)
+            cache = next((c for c in map(given.get, _CACHE_ARGUMENTS) if c is not None), None)
             layer = cache.layers[site.index] if cache is not None and site.index < len(cache.layers) else None
             if hasattr(layer, "begin"):
                 layer.begin(step)
             self.steps[site.index], self.layers[site.index] = step, layer
-            return bound.args, bound.kwargs
+            return given.args, given.kwargs
 
         return hook
 
@@ -174,7 +171,7 @@ class _Session:
 
     # --- the cache ----------------------------------------------------------------------------------------------
 
-    def _provide_cache(self, config: Any, given: dict[str, Any]) -> None:
+    def _provide_cache(self, config: Any, given: "_Given") -> None:
         """Give a forward that would start a cache the policy's layers; one that continues a cache passes through."""
         from transformers import DynamicCache
 
@@ -184,7 +181,8 @@ class _Session:
             use_cache = given.get("use_cache")
             if not (config.use_cache if use_cache is None else use_cache):
                 return
-            cache = given["past_key_values"] = DynamicCache(config=config)
+            cache = DynamicCache(config=config)
+            given.set("past_key_values", cache)
         if getattr(cache, "regard_method", None) is method:
             return
         if cache.get_seq_length() > 0:
@@ -202,7 +200,7 @@ class _Session:
 
     def _attention_of(self, site: Site):
         """The attention function of one site, with the stages of the methods that act there."""
-        stages = {stage: [m for m in self._at(stage, site=site)] for stage in _ATTENTION_STAGES}
+        stages = {stage: self._at(stage, site=site) for stage in _ATTENTION_STAGES}
         materialise = bool(stages["scores"] or stages["weights"])
         needs_lse = any(method.needs_lse for method in stages["after"])
         if materialise and stages["attend"]:
@@ -259,6 +257,31 @@ class _Session:
             return out.transpose(1, 2).contiguous(), weights
 
         return forward
+
+
+class _Given:
+    """The arguments of a forward by name, however they were passed; `set` keeps the way they were passed."""
+
+    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+        self._names = list(inspect.signature(module.forward).parameters)
+
+    def get(self, name: str) -> Any:
+        place = self._place(name)
+        return self.kwargs.get(name) if place is None else self.args[place]
+
+    def set(self, name: str, value: Any) -> None:
+        place = self._place(name)
+        if place is None:
+            self.kwargs = {**self.kwargs, name: value}
+        else:
+            self.args = (*self.args[:place], value, *self.args[place + 1 :])
+
+    def _place(self, name: str) -> int | None:
+        """Index among the positional arguments, or None where the argument is not one of them."""
+        if name in self._names[: len(self.args)]:
+            return self._names.index(name)
+        return None
 
 
 def _materialised(call: Call, on_scores: list[Method], on_weights: list[Method]) -> tuple[Tensor, Tensor]:
