@@ -78,12 +78,13 @@ class Problem:
             return mask if mask.shape[-1] == 1 else mask[..., k]
         index = torch.arange(max(self.n, self.m, self.batch, self.heads), device=self.device)
         keys = index[: self.m][k] if isinstance(k, slice) else k
-        return self.mask(
+        allowed = self.mask(
             index[: self.batch, None, None, None],
             index[: self.heads, None, None],
             index[: self.n, None][q],
             keys,
         )
+        return allowed[(None,) * (4 - allowed.ndim)]
 
     def bias_tile(self, q: slice = slice(None), k: slice | Tensor = slice(None)) -> Tensor | None:
         """The bias of the given queries and keys, broadcastable to (B, H, |q|, |k|)."""
