@@ -1,0 +1,248 @@
+"""How a mask is cut into dense tiles: which queries meet which keys, in few kernel calls.
+
+The mask's block structure is read in *units* of a few consecutive tokens. A *tile* is a group of query units together
+with all key units that any of them sees; where not all of it is visible it carries a mask. The query units of a tile
+need not be neighbours: on a grid of tokens, pieces of neighbouring grid lines share most of their keys, so grouping
+them makes tiles compact. Tiles with equally many keys run as one batch.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from regard.masks import ALL, NONE, SOME, BlockStructure, Mask
+from regard.masks.table import Table
+
+_PAIRS = 1 << 19  # scores per kernel call and thread: fits the caches, and hides the cost of the call
+_SLACK = 1.07  # key lists are padded by at most this factor to share a batch
+_PATTERN_BYTES = 1 << 26  # evaluated mask blocks that a plan may hold
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """T tiles of R query units and C key units each. Units are numbered within a sequence, `layer` says in which."""
+
+    layer: Tensor  # (T,) int64, (batch, head) layer of the mask: b * heads + h
+    queries: Tensor  # (T, R) int64, query units; one past the last unit where padded
+    keys: Tensor  # (T, C) int64, key units; 0 where padded
+    kind: Tensor | None  # (T, R, C) uint8, NONE, SOME or ALL per block; None if all are ALL
+    partial: Tensor  # (3, S) int64, tile, query slot and key slot of the blocks of kind SOME
+    pattern: Tensor | None = None  # (S, query side, key side) bool, the mask there; None: evaluate it in each call
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Tiles that cover every allowed pair exactly once.
+
+    Attributes:
+        side: tokens per (query unit, key unit).
+        batches: all tiles. A query unit that sees nothing is in no tile.
+        layers: (batch, heads) that the mask distinguishes, 1 where it does not.
+        padded: whether some tile has a query slot without a query unit.
+        density: computed pairs as a share of all.
+        cost: modelled time, in pairs of a large dense tile.
+    """
+
+    side: tuple[int, int]
+    batches: tuple[Batch, ...]
+    layers: tuple[int, int]
+    padded: bool
+    density: float
+    cost: float
+
+
+_plans: WeakKeyDictionary[Mask, dict[tuple[int, int, int, torch.device], Plan]] = WeakKeyDictionary()
+_kept: deque[Mask] = deque(maxlen=32)  # equal masks are often made anew for every call; this keeps their plans alive
+
+
+def plan(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan:
+    """The plan for n queries and m keys, with ``groups`` query heads per key head; made once per mask.
+
+    The plan of a mask that holds tables (lists chosen at run time) is forgotten with the mask.
+    """
+    plans = _plans.get(mask)
+    if plans is None:
+        plans = _plans[mask] = {}
+        if not any(isinstance(leaf, Table) for leaf in _leaves(mask)):
+            _kept.append(mask)
+    key = (n, m, groups, device)
+    if key not in plans:
+        plans[key] = _make(mask.to("cpu"), n, m, groups, device)
+    return plans[key]
+
+
+def pattern(mask: Mask, batch: Batch, side: tuple[int, int], heads: int, n: int, m: int) -> Tensor:
+    """The mask at the partly visible blocks of a batch: (S, query side, key side) bool."""
+    tile, row, column = batch.partial
+    layer = batch.layer[tile, None, None]
+    q = batch.queries[tile, row, None] * side[0] + torch.arange(side[0], device=tile.device)
+    k = batch.keys[tile, column, None] * side[1] + torch.arange(side[1], device=tile.device)
+    q, k = q[:, :, None], k[:, None, :]
+    allowed = mask(layer // heads, layer % heads, q.clamp(max=n - 1), k.clamp(max=m - 1)) & (k < m)
+    return allowed.broadcast_to(len(tile), *side)
+
+
+def _make(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan:
+    best: _Cut | None = None
+    for side in _sides(mask, n):
+        structure = mask.blocks(n, m, side)
+        cuts = (
+            _Cut(structure, rows, stride)
+            for stride in {1, _stride(structure)}
+            for rows in {min(queries // side[0], structure.num_query_blocks // stride) for queries in (64, 128, 256)}
+            if rows
+        )
+        cheapest = min(cuts, key=lambda cut: cut.cost)
+        if best is not None and cheapest.cost > 0.9 * best.cost:
+            break
+        best = cheapest
+    assert best is not None
+    return best.plan(mask, groups, device)
+
+
+def _sides(mask: Mask, n: int) -> list[tuple[int, int]]:
+    """Unit sizes to try, coarse ones first; the table's own where blocks were chosen at run time."""
+    tables = [leaf.block_size for leaf in _leaves(mask) if isinstance(leaf, Table)]
+    if tables and min(min(size) for size in tables) >= 8:
+        bq, bk = (math.gcd(64, *sizes) for sizes in zip(*tables, strict=True))
+        sides = [(bq, bk)]
+    else:
+        sides = [(64, 64), (16, 16), (8, 8)]
+    most = 1 << (n - 1).bit_length()  # few queries (decoding) need no tall units
+    return list(dict.fromkeys((min(bq, most), bk) for bq, bk in sides))
+
+
+def _leaves(mask: Mask) -> Iterator[Mask]:
+    """The masks an expression is made of."""
+    inner = [getattr(mask, name, ()) for name in ("mask", "parts", "masks")]
+    parts = [part for found in inner for part in (found if isinstance(found, tuple) else (found,))]
+    if not parts:
+        yield mask
+    for part in parts:
+        yield from _leaves(part)
+
+
+def _stride(structure: BlockStructure) -> int:
+    """Query units from one line of a token grid to the next, read off the distance between runs; 1 without a grid."""
+    start, _, _ = structure.row(structure.num_query_blocks // 2)
+    return int(start.diff().mode().values) if len(start) > 2 else 1
+
+
+class _Cut:
+    """Tiles of ``rows`` query units, ``stride`` units apart.
+
+    Attributes:
+        tile: (cells,) the tile of each visited block; tiles of a layer are numbered in order of their first unit.
+        length: (tiles,) number of different key units a tile needs.
+        cost: see `Plan`.
+    """
+
+    def __init__(self, structure: BlockStructure, rows: int, stride: int):
+        self.structure, self.rows, self.stride = structure, rows, stride
+        self.span = rows * stride
+        units = structure.num_query_blocks
+        self.per_layer = -(-units // self.span) * stride
+        row, self.column, self.kind = structure.cells()
+        layer, unit = row // units, row % units
+        self.tile = layer * self.per_layer + unit // self.span * stride + unit % stride
+        self.slot = unit % self.span // stride
+        tiles = structure.batch * structure.heads * self.per_layer
+        keys = structure.num_key_blocks
+        needed = torch.zeros(tiles * keys, dtype=torch.bool)
+        needed[self.tile * keys + self.column] = True
+        self.needed = needed.view(tiles, keys)
+        self.length = self.needed.sum(1)
+        queries = rows * structure.block_size[0]
+        length = self.length[self.length > 0] * structure.block_size[1]
+        # Measured on CPU with D = 64: a tile has a fixed part, and few queries make poor use of the kernel.
+        self.cost = float(((length + 32) * queries).sum() * (0.85 + 25 / queries))
+
+    def plan(self, mask: Mask, groups: int, device: torch.device) -> Plan:
+        s = self.structure
+        bq, bk = s.block_size
+        kind = self.kind.clone()
+        if s.m % bk:  # the last unit reaches beyond the last key
+            kind[self.column == s.num_key_blocks - 1] = SOME
+        hold = int((kind == SOME).sum()) * bq * bk <= _PATTERN_BYTES
+        budget = _PAIRS * torch.get_num_threads() // (self.rows * bq * bk * groups)
+        order = self.tile.argsort(stable=True)
+        sorted_cells = _Cells(self.tile[order], self.slot[order], self.column[order], kind[order])
+        batches = []
+        for tiles in _equal_lengths(self.length, budget):
+            batch = self._batch(tiles, sorted_cells)
+            if hold and batch.partial.numel():
+                batch = replace(batch, pattern=pattern(mask, batch, s.block_size, s.heads, s.n, s.m))
+            batches.append(batch)
+        computed = sum(batch.keys.numel() for batch in batches) * self.rows * bq * bk
+        return Plan(
+            s.block_size,
+            tuple(_to(batch, device) for batch in batches),
+            (s.batch, s.heads),
+            s.num_query_blocks % self.span != 0,
+            computed / (s.n * s.m * s.batch * s.heads),
+            self.cost,
+        )
+
+    def _batch(self, tiles: Tensor, cells: "_Cells") -> Batch:
+        width = int(self.length[tiles].max())
+        needed = self.needed[tiles]
+        # visited units first, in ascending order
+        keys = needed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        keys = keys * (torch.arange(width) < self.length[tiles, None])
+        place = needed.cumsum(1) - 1
+        local, own = cells.of(tiles)
+        kind = torch.full((len(tiles), self.rows, width), NONE, dtype=torch.uint8)
+        kind[local, cells.slot[own], place[local, cells.column[own]]] = cells.kind[own]
+        within = tiles % self.per_layer
+        first = within // self.stride * self.span + within % self.stride
+        queries = first[:, None] + torch.arange(self.rows) * self.stride
+        return Batch(
+            tiles // self.per_layer,
+            queries.clamp(max=self.structure.num_query_blocks),
+            keys,
+            None if bool((kind == ALL).all()) else kind,
+            (kind == SOME).nonzero().T.contiguous(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Cells:
+    """Visited blocks, sorted by tile."""
+
+    tile: Tensor
+    slot: Tensor
+    column: Tensor
+    kind: Tensor
+
+    def of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells of some tiles: each one's position in ``tiles``, and its index here."""
+        first = torch.searchsorted(self.tile, tiles)
+        count = torch.searchsorted(self.tile, tiles, right=True) - first
+        local = torch.repeat_interleave(count)
+        skipped = count.cumsum(0) - count
+        return local, torch.arange(len(local)) - skipped[local] + first[local]
+
+
+def _equal_lengths(length: Tensor, budget: int) -> Iterator[Tensor]:
+    """Tiles with (nearly) equally many keys, at most ``budget`` key units together."""
+    order = length.argsort(stable=True)
+    order = order[length[order] > 0]
+    lengths = length[order].tolist()
+    begin = 0
+    for end in range(1, len(lengths) + 1):
+        if (
+            end == len(lengths)
+            or lengths[end] > lengths[begin] * _SLACK
+            or (end + 1 - begin) * lengths[end] > budget
+        ):
+            yield order[begin:end]
+            begin = end
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    return Batch(*(None if t is None else t.to(device) for t in vars(batch).values()))
