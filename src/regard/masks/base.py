@@ -191,10 +191,10 @@ class Mask(ABC):
         return receptive_field(self, layers, n)
 
     def min_layers(self, n: int) -> int | None:
-        """The least number of layers after which every position has been reached by all positions it ever will.
+        """The least number of layers after which every position has heard from all positions.
 
-        Returns None where that is less than everything: all earlier positions if the mask is causal at this length,
-        else all positions.
+        For a mask that is causal at this length that means from all earlier ones. None if no number of layers is
+        enough. See `receptive_field`.
         """
         from regard.masks.analysis import min_layers
 

@@ -62,12 +62,15 @@ class BlockStructure:
     @property
     def density(self) -> float:
         """Share of the n x m pairs that lie in visited blocks: never less than the mask's own density."""
-        return self._share(self.kind > NONE)
+        return self.pairs() / (self.n * self.m * self.batch * self.heads)
 
-    @property
-    def full_density(self) -> float:
-        """Share of the n x m pairs that lie in fully visible blocks: never more than the mask's own density."""
-        return self._share(self.kind == ALL)
+    def pairs(self, kind: int | None = None) -> int:
+        """Number of pairs that lie in visited blocks, or only in those of one kind, over all batch items and heads."""
+        (bq, bk), start, stop = self.block_size, self.start.long(), self.stop.long()
+        i = self.rows() % self.num_query_blocks
+        counted = ((i + 1) * bq).clamp(max=self.n) - i * bq
+        counted *= (stop * bk).clamp(max=self.m) - start * bk
+        return int((counted if kind is None else counted[self.kind == kind]).sum())
 
     def row(self, i: int, b: int = 0, h: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         """``(start, stop, kind)`` of the runs of query block ``i``."""
@@ -127,9 +130,3 @@ class BlockStructure:
             f"BlockStructure(n={self.n}, m={self.m}, block_size={self.block_size}, batch={self.batch}, "
             f"heads={self.heads}, runs={self.num_runs}, density={self.density:.4g})"
         )
-
-    def _share(self, counted: Tensor) -> float:
-        (bq, bk), rows = self.block_size, self.num_query_blocks
-        keys = (self.stop.long() * bk).clamp(max=self.m) - self.start.long() * bk
-        queries = ((self.rows() % rows + 1) * bq).clamp(max=self.n) - self.rows() % rows * bq
-        return int((keys * queries * counted).sum()) / (self.n * self.m * self.batch * self.heads)

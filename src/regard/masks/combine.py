@@ -198,15 +198,6 @@ class PerHead(Mask):
     def settled(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, height: Tensor, width: Tensor) -> Tensor:
         return self._stack([mask.settled(q0, q1, k0, k1, height, width) for mask in self.masks], len(q0))
 
-    def count(self, n: int, m: int) -> int | None:
-        total = 0
-        for mask in self.masks:
-            own = mask.count(n, m)
-            if own is None:
-                return None
-            total += own * ((self.batch or 1) // (mask.batch or 1))
-        return total
-
     def check(self, n: int, m: int, offset: int | None = None) -> None:
         for mask in self.masks:
             mask.check(n, m, offset)
@@ -266,6 +257,10 @@ def negation(mask: Mask) -> Mask:
 
 def shifted(mask: Mask, offset: int) -> Mask:
     """The mask as seen by queries that start at position ``offset``."""
+    if isinstance(mask, Band):
+        return mask.moved(offset)
+    if offset == 0:
+        return mask
     return Shift(mask.mask, mask.offset + offset) if isinstance(mask, Shift) else Shift(mask, offset)
 
 

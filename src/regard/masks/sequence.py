@@ -68,6 +68,10 @@ class Band(Interval):
         most = min((x for x in (self.most, other.most) if x is not None), default=None)
         return None if least is not None and most is not None and least > most else Band(least, most)
 
+    def moved(self, offset: int) -> Band:
+        """The band as seen by queries that start at position ``offset``."""
+        return Band(*(None if end is None else end - offset for end in (self.least, self.most)))
+
     def __repr__(self) -> str:
         match self.least, self.most:
             case None, None:
