@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from regard import masks
 from regard.attention import attention
 from regard.errors import ArgumentError, Unsupported
+from regard.masks import Mask
 from regard.sites import transformers as adapter
 from regard.sites.call import Call, Step
 from regard.sites.method import Method
@@ -147,8 +148,9 @@ class _Session:
                 step.cos, step.sin = angles[0][:, None], angles[1][:, None]
             cache = next((c for c in map(given.get, _CACHE_ARGUMENTS) if c is not None), None)
             layer = cache.layers[site.index] if cache is not None and site.index < len(cache.layers) else None
-            if hasattr(layer, "begin"):
-                layer.begin(step)
+            begin = getattr(layer, "begin", None)
+            if begin is not None:
+                begin(step)
             self.steps[site.index], self.layers[site.index] = step, layer
             return given.args, given.kwargs
 
@@ -217,6 +219,8 @@ class _Session:
             n, m = query.shape[2], key.shape[2]
             layer = self.layers.get(site.index)
             slots = getattr(layer, "slots", None)
+            mask: Mask | None
+            bias: Tensor | None
             if slots is not None:  # the layer dropped keys: slot and position differ, and it knows what is real
                 mask, bias = masks.causal().shift(m - n), None
                 if slots.valid is not None:
@@ -232,6 +236,11 @@ class _Session:
             )  # fmt: skip
             for method in stages["qkv"]:
                 method.qkv(call)
+            if stages["mask"] and slots is not None and layer.seen != m:
+                raise Unsupported(
+                    f"{stages['mask'][0].name} counts keys by position, but the cache has dropped some of them "
+                    f"({m} of {layer.seen} are left); apply one or the other"
+                )
             for method in stages["mask"]:
                 restriction = method.mask(call)
                 if restriction is not None:
@@ -242,11 +251,13 @@ class _Session:
             elif materialise or kwargs.get("output_attentions"):
                 out, weights = _materialised(call, stages["scores"], stages["weights"])
             else:
-                result = attention(
-                    call.query, call.key, call.payload, mask=call.mask, bias=call.bias, scale=call.scale,
-                    return_lse=needs_lse,
-                )  # fmt: skip
-                out, call.lse = result if needs_lse else (result, None)
+                inputs = call.query, call.key, call.payload
+                if needs_lse:
+                    out, call.lse = attention(
+                        *inputs, mask=call.mask, bias=call.bias, scale=call.scale, return_lse=True
+                    )
+                else:
+                    out = attention(*inputs, mask=call.mask, bias=call.bias, scale=call.scale)
             if call.probe is not None:
                 out, call.extra["probe"] = out.split([call.value.shape[-1], call.probe.shape[-1]], dim=-1)
             for method in stages["heads"]:
@@ -303,5 +314,5 @@ def _materialised(call: Call, on_scores: list[Method], on_weights: list[Method])
 
 
 def _per_query_head(valid: Tensor, num_heads: int) -> Tensor:
-    """(B, Hk, M) flags of key-value heads as flags of the query heads that share them."""
-    return valid.repeat_interleave(num_heads // valid.shape[1], dim=1)
+    """(B, Hk or 1, M) flags of key-value heads as flags of the query heads that share them."""
+    return valid if valid.shape[1] == 1 else valid.repeat_interleave(num_heads // valid.shape[1], dim=1)

@@ -131,7 +131,7 @@ def decoder(model: nn.Module) -> nn.Module:
 
 def switch(sites: list[Site], model: nn.Module) -> list[tuple[Any, str | None]]:
     """Point every config the sites and the model read at regard's functions; returns what to restore."""
-    configs = {id(c): c for c in [decoder(model).config, *(site.module.config for site in sites)]}
+    configs: dict[int, Any] = {id(c): c for c in [decoder(model).config, *(site.module.config for site in sites)]}
     before = [(config, config._attn_implementation_internal) for config in configs.values()]
     for config, _ in before:
         config._attn_implementation_internal = NAME
@@ -188,7 +188,7 @@ def _structure(function: Callable | None, q_offset: int, kv_offset: int) -> Mask
         return first
     if maker == "sliding_window_overlay":
         # as transformers means it: k > q - window; the future is the causal mask's business
-        return (masks.sliding_window(captured["sliding_window"]) | ~masks.causal()).shift(q_offset - kv_offset)
+        return masks.band(None, captured["sliding_window"] - 1).shift(q_offset - kv_offset)
     return masks.from_function(lambda b, h, q, k: function(b, h, q + q_offset, k + kv_offset))
 
 
