@@ -217,7 +217,7 @@ class _Session:
             if dropout:
                 raise Unsupported("attention dropout inside regard.apply; call model.eval() or set it to 0")
             n, m = query.shape[2], key.shape[2]
-            layer = self.layers.get(site.index)
+            layer: Any = self.layers.get(site.index)
             slots = getattr(layer, "slots", None)
             mask: Mask | None
             bias: Tensor | None
