@@ -29,9 +29,14 @@ def _tensors(thing: Any, seen: set[int]) -> Iterator[Tensor]:
         parts = list(thing.values())
     elif isinstance(thing, (list, tuple)):
         parts = list(thing)
-    elif hasattr(thing, "layers") or type(thing).__module__.startswith(("regard.cache", "transformers.cache")):
+    elif hasattr(thing, "layers") or _is_of_a_cache(type(thing)):
         parts = [value for name, value in vars(thing).items() if name != "regard_method"]
     else:
         return
     for part in parts:
         yield from _tensors(part, seen)
+
+
+def _is_of_a_cache(cls: type) -> bool:
+    """Whether the class, or one it derives from (a policy's own layer), belongs to a cache."""
+    return any(base.__module__.startswith(("regard.cache", "transformers.cache")) for base in cls.__mro__)
