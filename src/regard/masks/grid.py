@@ -106,7 +106,7 @@ class Product(Mask):
         every = some
         for axis, (q0, q1), (k0, k1) in zip(self.axes, queries, keys, strict=True):
             axis_some, axis_every = axis.rect(q0[here], q1[here], k0[here], k1[here])
-            some, every = some & axis_some, every & axis_every
+            some, every = some & axis_some.flatten(), every & axis_every.flatten()
         return some, every
 
 

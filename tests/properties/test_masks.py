@@ -1,0 +1,162 @@
+"""The laws every mask obeys, for random expressions over all leaves."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from regard.masks import ALL, NONE, SOME, Mask
+from tests.masks.naive import BATCH, HEADS, Case, cases, leaves
+
+block_sizes = st.tuples(st.integers(1, 11), st.integers(1, 11)) | st.integers(1, 40).map(lambda b: (b, b))
+roots = st.sampled_from([1, 16, 1 << 14])  # 1 and 16 force the builder to refine even small matrices
+
+
+def dense(mask: Mask, n: int, m: int) -> Tensor:
+    """``mask.dense`` with all four axes."""
+    matrix = mask.dense(n, m)
+    return matrix.reshape(mask.batch or 1, mask.heads or 1, n, m)
+
+
+@given(cases())
+@settings(max_examples=300, deadline=None)
+def test_dense_and_pointwise_calls_are_the_definition(case: Case) -> None:
+    expected = case.dense()
+    assert torch.equal(dense(case.mask, case.n, case.m), expected)
+    index = torch.randint(0, 1 << 20, (4, 50), generator=torch.Generator().manual_seed(case.n))
+    b, h, q, k = index % torch.tensor([case.mask.batch or 1, case.mask.heads or 1, case.n, case.m])[:, None]
+    assert torch.equal(case.mask(b, h, q, k).expand(50), expected[b, h, q, k])
+
+
+@given(cases(), block_sizes, roots)
+@settings(max_examples=400, deadline=None)
+def test_blocks_are_sound(case: Case, block: tuple[int, int], most_roots: int) -> None:
+    with patch("regard.masks.build._ROOTS", most_roots):
+        kinds = case.mask.blocks(case.n, case.m, block).grid()
+        decided = case.mask.blocks(case.n, case.m, block, exact=True).grid()
+    true = case.kinds(block)
+    assert ((kinds == SOME) | (kinds == true)).all()
+    assert torch.equal(decided.int(), true)
+    if case.mask.exact:
+        assert torch.equal(kinds.int(), true)
+
+
+@given(leaves(), block_sizes, roots)
+@settings(max_examples=600, deadline=None)
+def test_blocks_of_leaves_are_exact(case: Case, block: tuple[int, int], most_roots: int) -> None:
+    with patch("regard.masks.build._ROOTS", most_roots):
+        structure = case.mask.blocks(case.n, case.m, block)
+    if "from_function" not in repr(case.mask):
+        assert case.mask.exact
+        assert torch.equal(structure.grid().int(), case.kinds(block))
+
+
+@given(leaves(), st.data())
+@settings(max_examples=500, deadline=None)
+def test_rectangles_of_leaves_are_exact_anywhere(case: Case, data: st.DataObject) -> None:
+    q0 = data.draw(st.integers(0, case.n - 1))
+    q1 = data.draw(st.integers(q0 + 1, case.n))
+    k0 = data.draw(st.integers(0, case.m - 1))
+    k1 = data.draw(st.integers(k0 + 1, case.m))
+    some, every = case.mask.rect(*(torch.tensor([x]) for x in (q0, q1, k0, k1)))
+    pairs = case.dense()[..., q0:q1, k0:k1].flatten(-2)
+    shape = pairs.shape[:2]
+    if case.mask.exact:
+        assert torch.equal(some[..., 0].broadcast_to(shape), pairs.any(-1))
+        assert torch.equal(every[..., 0].broadcast_to(shape), pairs.all(-1))
+
+
+@given(cases(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_settled_rectangles_stay_mixed(case: Case, data: st.DataObject) -> None:
+    height, width = data.draw(st.integers(1, case.n)), data.draw(st.integers(1, case.m))
+    q = torch.combinations(torch.arange(case.n + 1))
+    k = torch.combinations(torch.arange(case.m + 1))
+    q, k = q[q.diff().flatten() >= height], k[k.diff().flatten() >= width]
+    whole = [torch.tensor([x]) for x in (0, case.n, 0, case.m)]
+    settled = case.mask.settled(*whole, torch.tensor([height]), torch.tensor([width]))
+    every_part = torch.cat([q.repeat_interleave(len(k), 0), k.repeat(len(q), 1)], dim=1).T
+    some, every = (x.broadcast_to(BATCH, HEADS, every_part.shape[1]) for x in case.mask.rect(*every_part))
+    assert ((some & ~every).all(-1) | ~settled.broadcast_to(BATCH, HEADS, 1)[..., 0]).all()
+
+
+@given(cases(), st.data())
+@settings(max_examples=200, deadline=None)
+def test_a_shifted_mask_is_its_later_rows(case: Case, data: st.DataObject) -> None:
+    offset = data.draw(st.integers(0, case.n - 1))
+    rows = case.n - offset
+    shifted = case.mask.shift(offset)
+    expected = case.dense()[..., offset:, :]
+    assert torch.equal(dense(shifted, rows, case.m), expected)
+    kinds = shifted.blocks(rows, case.m, (3, 4)).grid()
+    true = Case(shifted, lambda b, h, q, k: case.naive(b, h, q + offset, k), rows, case.m).kinds((3, 4))
+    assert ((kinds == SOME) | (kinds == true)).all()
+
+
+@given(cases(depth=2), st.data())
+@settings(max_examples=100, deadline=None)
+def test_boolean_laws(case: Case, data: st.DataObject) -> None:
+    x = case.mask
+    y = data.draw(st.sampled_from([x, ~x, Mask.shift(x, 0)]))
+    n, m = case.n, case.m
+    a, b = dense(x, n, m), dense(y, n, m)
+    assert torch.equal(dense(~(x & y), n, m), dense(~x | ~y, n, m))
+    assert torch.equal(dense(~(x | y), n, m), dense(~x & ~y, n, m))
+    assert torch.equal(dense(x & y, n, m), a & b)
+    assert torch.equal(dense(x | y, n, m), a | b)
+    assert torch.equal(dense(~~x, n, m), a)
+
+
+@given(cases(depth=2))
+@settings(max_examples=200, deadline=None)
+def test_density_counts_the_allowed_pairs(case: Case) -> None:
+    assert case.mask.density(case.n, case.m) == pytest.approx(case.dense().double().mean().item(), abs=1e-12)
+
+
+@given(cases(depth=2), block_sizes)
+@settings(max_examples=100, deadline=None)
+def test_structure_bounds_the_density(case: Case, block: tuple[int, int]) -> None:
+    structure = case.mask.blocks(case.n, case.m, block)
+    pairs = int(case.dense().sum())
+    assert structure.pairs(ALL) <= pairs <= structure.pairs() == structure.pairs(SOME) + structure.pairs(ALL)
+    grid, lists = structure.grid(), structure.lists()
+    assert torch.equal(lists.count, (grid != NONE).sum(-1))
+    rebuilt = torch.zeros_like(grid)
+    for b, h, i in (grid != NONE).any(-1).nonzero().tolist():
+        size = int(lists.count[b, h, i])
+        index = lists.index[b, h, i, :size].long()
+        assert (index.diff() > 0).all()
+        rebuilt[b, h, i, index] = lists.kind[b, h, i, :size]
+        assert (lists.kind[b, h, i, size:] == NONE).all()
+        start, stop, kind = structure.row(i, b, h)
+        assert (start < stop).all()
+        assert ((stop[:-1] < start[1:]) | ((stop[:-1] == start[1:]) & (kind[:-1] != kind[1:]))).all()
+    assert torch.equal(rebuilt, grid)
+
+
+@given(cases(depth=2))
+@settings(max_examples=30, deadline=None)
+def test_flex_attention_gives_the_masked_softmax(case: Case) -> None:
+    block_mask = case.mask.to_flex(case.n, case.m, 8)
+    expected = case.dense().expand(BATCH, HEADS, -1, -1)
+    # what the block lists say, without which an uncompiled flex_attention does its work
+    kinds = torch.zeros(*block_mask.kv_indices.shape, dtype=torch.int)
+    for kind, count, index in (
+        (SOME, block_mask.kv_num_blocks, block_mask.kv_indices),
+        (ALL, block_mask.full_kv_num_blocks, block_mask.full_kv_indices),
+    ):
+        listed = torch.arange(index.shape[-1]) < count[..., None]
+        kinds.scatter_add_(-1, index.long(), listed.int() * kind)
+    assert torch.equal(kinds, case.mask.blocks(case.n, case.m, 8).grid().int())
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(BATCH, HEADS, case.n, 4, generator=generator, dtype=torch.float64)
+    key = torch.randn(BATCH, HEADS, case.m, 4, generator=generator, dtype=torch.float64)
+    value = torch.randn(BATCH, HEADS, case.m, 4, generator=generator, dtype=torch.float64)
+    scores = (query @ key.mT / 2).masked_fill(~expected, -torch.inf)
+    out = flex_attention(query, key, value, block_mask=block_mask)
+    assert torch.allclose(out, scores.softmax(-1).nan_to_num(0) @ value, atol=1e-12)
