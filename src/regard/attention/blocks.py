@@ -1,7 +1,8 @@
 """Exact block-sparse attention: every tile of a `Plan` through the platform's fused kernel, forward and backward."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 from regard import masks
 from regard.attention import tile
 from regard.attention.partial import Partial
-from regard.attention.plan import Batch, Plan, pattern, plan
+from regard.attention.plan import Batch, Plan, Run, pattern, plan
 from regard.attention.problem import Problem
 from regard.masks import NONE, Mask
 
@@ -57,55 +58,83 @@ class _Layout:
     m: int
     scale: float
 
-    def runs(self, batch: Batch, layers: tuple[int, int]) -> Tensor:
-        """(lanes that share a layer, T): the lanes each tile is run for."""
-        items = torch.arange(self.batch, device=batch.layer.device).view(layers[0], -1)
-        heads = torch.arange(self.lanes, device=batch.layer.device).view(layers[1], -1)
+    def visits(self, batch: Batch, layers: tuple[int, int]) -> Iterator["_Visit"]:
+        """Everywhere a batch is to be run: once for each of the lanes that share a layer of the mask."""
+        device = batch.layer.device
+        items = torch.arange(self.batch, device=device).view(layers[0], -1)
+        heads = torch.arange(self.lanes, device=device).view(layers[1], -1)
+        group = torch.arange(self.groups, device=device)
         b, h = batch.layer // layers[1], batch.layer % layers[1]
-        lanes = items[b].T[:, None, :] * self.lanes + heads[h].T[None, :, :]
-        return lanes.flatten(0, 1)
+        for item in items[b].T:
+            for lane in heads[h].T:
+                query_head = (item * self.lanes + lane)[:, None] * self.groups + group
+                key_head = item * self.kv_heads + lane // (self.lanes // self.kv_heads)
+                yield _Visit(batch, query_head, key_head[:, None])
 
-    def query_rows(self, lane: Tensor, unit: Tensor, units: int) -> Tensor:
-        """Rows of a query-side tensor cut into units, for tiles: (T, G, R)."""
-        group = torch.arange(self.groups, device=lane.device)
-        return (lane[:, None, None] * self.groups + group[:, None]) * units + unit[:, None, :]
 
-    def key_rows(self, lane: Tensor, unit: Tensor, units: int) -> Tensor:
-        """Rows of a key-side tensor cut into units, for tiles: (T, C)."""
-        b, h = lane // self.lanes, lane % self.lanes
-        return (b * self.kv_heads + h // (self.lanes // self.kv_heads))[:, None] * units + unit
+class _Visit(NamedTuple):
+    """A batch of tiles for particular heads, numbered across batch items."""
+
+    batch: Batch
+    query_head: Tensor  # (T, G)
+    key_head: Tensor  # (T, 1)
 
 
 class _Units:
-    """A (B, H, N, ...) tensor cut into units of ``side`` tokens, as rows of a matrix.
+    """A (B, H, N, ...) tensor cut into units of ``side`` tokens.
 
     ``spare`` adds a unit per head that padded query slots read and write.
     """
 
-    def __init__(self, x: Tensor, side: int, spare: bool, pad: float = 0.0):
-        n = x.shape[2]
-        self.count = -(-n // side) + spare
-        extra = self.count * side - n
-        if extra:
+    def __init__(self, x: Tensor, side: int, spare: bool = False, pad: float = 0.0):
+        self.n, self.side = x.shape[2], side
+        self.count = -(-self.n // side) + spare
+        if extra := self.count * side - self.n:
             x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, extra), value=pad)
-        self.shape = x.shape
-        self.n, self.side = n, side
-        self.rows = x.reshape(x.shape[0] * x.shape[1] * self.count, -1)
+        self.x = x.contiguous()
+        self.rows = self.x.view(x.shape[0] * x.shape[1] * self.count, -1)
 
-    def take(self, index: Tensor) -> Tensor:
-        """The tokens of units (..., U): (..., U * side, dims)."""
+    def take(self, head: Tensor, units: Tensor, run: Run | None) -> Tensor:
+        """Tokens of the tiles, (T, G, tokens, ...); a view where they form a `Run`."""
+        if run is not None:
+            return self._view(head, units, run)
+        index = self._index(head, units)
         found = self.rows.index_select(0, index.flatten())
-        return found.view(*index.shape[:-1], index.shape[-1] * self.side, *self.shape[3:])
+        return found.view(*index.shape[:2], index.shape[2] * self.side, *self.x.shape[3:])
 
-    def put(self, index: Tensor, value: Tensor) -> None:
-        self.rows.index_copy_(0, index.flatten(), value.reshape(index.numel(), -1))
+    def put(self, head: Tensor, units: Tensor, run: Run | None, value: Tensor) -> None:
+        if run is not None:
+            self._view(head, units, run).copy_(value)
+        else:
+            index = self._index(head, units)
+            self.rows.index_copy_(0, index.flatten(), value.reshape(index.numel(), -1))
 
-    def add(self, index: Tensor, value: Tensor) -> None:
-        self.rows.index_add_(0, index.flatten(), value.reshape(index.numel(), -1))
+    def add(self, head: Tensor, units: Tensor, run: Run | None, value: Tensor) -> None:
+        if run is not None:
+            view = self._view(head, units, run)
+            apart = -(-units.shape[1] // run.step)  # so far apart, tiles do not overlap
+            for first in range(min(apart, len(units))):
+                view[first::apart] += value[first::apart]
+        else:
+            index = self._index(head, units)
+            self.rows.index_add_(0, index.flatten(), value.reshape(index.numel(), -1))
 
     def whole(self) -> Tensor:
         """Back to (B, H, N, ...)."""
-        return self.rows.view(self.shape)[:, :, : self.n]
+        return self.x[:, :, : self.n]
+
+    def _index(self, head: Tensor, units: Tensor) -> Tensor:
+        return head[:, :, None] * self.count + units[:, None, :]
+
+    def _view(self, head: Tensor, units: Tensor, run: Run) -> Tensor:
+        tiles, length = units.shape
+        unit = self.rows.shape[1]
+        tail = self.x.stride()[2:]
+        return self.rows.as_strided(
+            (tiles, head.shape[1], length * self.side, *self.x.shape[3:]),
+            (run.step * unit, self.count * unit, *tail),
+            (int(head[0, 0]) * self.count + run.first) * unit,
+        )
 
 
 class _Blocks(torch.autograd.Function):
@@ -116,20 +145,18 @@ class _Blocks(torch.autograd.Function):
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, work: Plan, layout: _Layout
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(q.dtype, torch.float32)
-        bq, bk = work.side
-        spare = work.padded
-        queries, keys, values = _Units(q, bq, spare), _Units(k, bk, False), _Units(v, bk, False)
-        out = _Units(q.new_zeros(q.shape), bq, spare)
-        lse = _Units(q.new_full(q.shape[:3], -torch.inf, dtype=wide), bq, spare)
+        queries, keys, values = _cut(q, k, v, work)
+        out = _Units(q.new_zeros(q.shape), work.side[0], work.padded)
+        lse = _Units(q.new_full(q.shape[:3], -torch.inf, dtype=wide), work.side[0], work.padded)
         for batch in work.batches:
             additive = _additive(batch, mask, work, layout, wide)
-            for lane in layout.runs(batch, work.layers):
-                qi = layout.query_rows(lane, batch.queries, queries.count)
-                ki = layout.key_rows(lane, batch.keys, keys.count)
-                kt, vt = (x.take(ki).unsqueeze(1).expand(-1, layout.groups, -1, -1) for x in (keys, values))
-                o, l = tile.forward(queries.take(qi), kt, vt, additive, layout.scale)
-                out.put(qi, o)
-                lse.put(qi, l.to(wide))
+            for visit in layout.visits(batch, work.layers):
+                rows = (visit.query_head, batch.queries, batch.query_run)
+                columns = (visit.key_head, batch.keys, batch.key_run)
+                kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
+                out_tile, lse_tile = tile.forward(queries.take(*rows), kt, vt, additive, layout.scale)
+                out.put(*rows, out_tile)
+                lse.put(*rows, lse_tile)
         result = out.whole(), lse.whole()
         ctx.save_for_backward(q, k, v, bias, *result)
         ctx.mask, ctx.work, ctx.layout = mask, work, layout
@@ -141,43 +168,42 @@ class _Blocks(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, bias, out, lse = ctx.saved_tensors
         mask, work, layout = ctx.mask, ctx.work, ctx.layout
-        wide = lse.dtype
-        bq, bk = work.side
-        spare = work.padded
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        queries, keys, values = _Units(q, bq, spare), _Units(k, bk, False), _Units(v, bk, False)
-        outs, grad_outs = _Units(out, bq, spare), _Units(grad_out, bq, spare)
-        lses = _Units(lse, bq, spare, torch.inf)
-        grad_lses = None if grad_lse is None else _Units(grad_lse, bq, spare)
-        dq = _Units(q.new_zeros(q.shape), bq, spare)
-        dk, dv = (_Units(torch.zeros_like(x, dtype=wide), bk, False) for x in (k, v))
+        side, spare = work.side[0], work.padded
+        queries, keys, values = _cut(q, k, v, work)
+        outs, lses = _Units(out, side, spare), _Units(lse, side, spare, torch.inf)
+        grad_outs = _Units(torch.zeros_like(out) if grad_out is None else grad_out, side, spare)
+        grad_lses = None if grad_lse is None else _Units(grad_lse, side, spare)
+        dq = _Units(q.new_zeros(q.shape), side, spare)
+        dk, dv = (_Units(x.new_zeros(x.shape, dtype=lse.dtype), work.side[1]) for x in (k, v))
         for batch in work.batches:
-            additive = _additive(batch, mask, work, layout, wide)
-            for lane in layout.runs(batch, work.layers):
-                qi = layout.query_rows(lane, batch.queries, queries.count)
-                ki = layout.key_rows(lane, batch.keys, keys.count)
-                kt, vt = (x.take(ki).unsqueeze(1).expand(-1, layout.groups, -1, -1) for x in (keys, values))
-                dqt, dkt, dvt = tile.backward(
-                    grad_outs.take(qi),
-                    None if grad_lses is None else grad_lses.take(qi),
-                    queries.take(qi),
+            additive = _additive(batch, mask, work, layout, lse.dtype)
+            for visit in layout.visits(batch, work.layers):
+                rows = (visit.query_head, batch.queries, batch.query_run)
+                columns = (visit.key_head, batch.keys, batch.key_run)
+                kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
+                dq_tile, dk_tile, dv_tile = tile.backward(
+                    grad_outs.take(*rows),
+                    None if grad_lses is None else grad_lses.take(*rows),
+                    queries.take(*rows),
                     kt,
                     vt,
-                    outs.take(qi),
-                    lses.take(qi),
+                    outs.take(*rows),
+                    lses.take(*rows),
                     additive,
                     layout.scale,
                 )
-                dq.put(qi, dqt)
-                dk.add(ki, dkt.sum(1, dtype=wide))
-                dv.add(ki, dvt.sum(1, dtype=wide))
-        grads = dq.whole(), dk.whole().to(k.dtype), dv.whole().to(v.dtype)
-        return *grads, None, None, None, None
+                dq.put(*rows, dq_tile)
+                dk.add(*columns, dk_tile.sum(1, keepdim=True, dtype=lse.dtype))
+                dv.add(*columns, dv_tile.sum(1, keepdim=True, dtype=lse.dtype))
+        return dq.whole(), dk.whole().to(k.dtype), dv.whole().to(v.dtype), None, None, None, None
+
+
+def _cut(q: Tensor, k: Tensor, v: Tensor, work: Plan) -> tuple[_Units, _Units, _Units]:
+    return _Units(q, work.side[0], work.padded), _Units(k, work.side[1]), _Units(v, work.side[1])
 
 
 def _additive(batch: Batch, mask: Mask, work: Plan, layout: _Layout, dtype: torch.dtype) -> Tensor | None:
-    """The mask of a batch's tiles as a term of the scores: (T, 1, R * query side, C * key side); None if all visible."""
+    """The mask of a batch's tiles as a term of the scores: (U, 1, R * query side, C * key side); None if all is seen."""
     if batch.kind is None:
         return None
     bq, bk = work.side
@@ -188,7 +214,7 @@ def _additive(batch: Batch, mask: Mask, work: Plan, layout: _Layout, dtype: torc
     if batch.partial.numel():
         allowed = batch.pattern
         if allowed is None:
-            allowed = pattern(mask, batch, work.side, work.layers[1], layout.n, layout.m)
+            allowed = pattern(batch, mask, work.side, work.layers[1], layout.n, layout.m)
         term = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
         blocks.transpose(2, 3)[batch.partial.unbind()] = term
     return blocks.view(tiles, 1, rows * bq, columns * bk)

@@ -10,6 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,19 +21,33 @@ from regard.masks.table import Table
 
 _PAIRS = 1 << 19  # scores per kernel call and thread: fits the caches, and hides the cost of the call
 _SLACK = 1.07  # key lists are padded by at most this factor to share a batch
+_DENSE_ENOUGH = 0.8  # share of fully visible blocks from which finer units cannot gain much
 _PATTERN_BYTES = 1 << 26  # evaluated mask blocks that a plan may hold
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """T tiles of R query units and C key units each. Units are numbered within a sequence, `layer` says in which."""
+    """T tiles of R query units and C key units each. Units are numbered within a sequence, `layer` says in which.
+
+    Tiles that are masked alike, as most are in patterns that repeat along the sequence, share one description of their
+    mask: U is 1 then, and T otherwise.
+    """
 
     layer: Tensor  # (T,) int64, (batch, head) layer of the mask: b * heads + h
     queries: Tensor  # (T, R) int64, query units; one past the last unit where padded
     keys: Tensor  # (T, C) int64, key units; 0 where padded
-    kind: Tensor | None  # (T, R, C) uint8, NONE, SOME or ALL per block; None if all are ALL
+    kind: Tensor | None  # (U, R, C) uint8, NONE, SOME or ALL per block; None if all are ALL
     partial: Tensor  # (3, S) int64, tile, query slot and key slot of the blocks of kind SOME
-    pattern: Tensor | None = None  # (S, query side, key side) bool, the mask there; None: evaluate it in each call
+    pattern: Tensor | None  # (S, query side, key side) bool, the mask there; None: evaluate it in each call
+    query_run: "Run | None"  # where `queries` and `keys` are regular enough to be read without gathering
+    key_run: "Run | None"
+
+
+class Run(NamedTuple):
+    """Tile t holds the consecutive units from ``first + t * step`` on, and all tiles are in one layer."""
+
+    first: int
+    step: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,31 +91,35 @@ def plan(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan:
     return plans[key]
 
 
-def pattern(mask: Mask, batch: Batch, side: tuple[int, int], heads: int, n: int, m: int) -> Tensor:
+def pattern(batch: Batch, mask: Mask, side: tuple[int, int], heads: int, n: int, m: int) -> Tensor:
     """The mask at the partly visible blocks of a batch: (S, query side, key side) bool."""
     tile, row, column = batch.partial
-    layer = batch.layer[tile, None, None]
-    q = batch.queries[tile, row, None] * side[0] + torch.arange(side[0], device=tile.device)
-    k = batch.keys[tile, column, None] * side[1] + torch.arange(side[1], device=tile.device)
-    q, k = q[:, :, None], k[:, None, :]
+    return _pairs(mask, side, heads, n, m, batch.layer[tile], batch.queries[tile, row], batch.keys[tile, column])
+
+
+def _pairs(
+    mask: Mask, side: tuple[int, int], heads: int, n: int, m: int, layer: Tensor, row: Tensor, column: Tensor
+) -> Tensor:
+    """The pairs of blocks (row, column), numbered in units: (S, query side, key side) bool."""
+    layer = layer[:, None, None]
+    q = (row[:, None] * side[0] + torch.arange(side[0], device=row.device))[:, :, None]
+    k = (column[:, None] * side[1] + torch.arange(side[1], device=row.device))[:, None, :]
     allowed = mask(layer // heads, layer % heads, q.clamp(max=n - 1), k.clamp(max=m - 1)) & (k < m)
-    return allowed.broadcast_to(len(tile), *side)
+    return allowed.broadcast_to(len(row), *side)
 
 
 def _make(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan:
     best: _Cut | None = None
     for side in _sides(mask, n):
         structure = mask.blocks(n, m, side)
-        cuts = (
-            _Cut(structure, rows, stride)
-            for stride in {1, _stride(structure)}
-            for rows in {min(queries // side[0], structure.num_query_blocks // stride) for queries in (64, 128, 256)}
-            if rows
-        )
-        cheapest = min(cuts, key=lambda cut: cut.cost)
-        if best is not None and cheapest.cost > 0.9 * best.cost:
+        for stride in {1, _stride(structure)}:
+            for rows in {min(queries // side[0], structure.num_query_blocks // stride) for queries in (64, 128, 256)}:
+                if rows:
+                    cut = _Cut(structure, rows, stride)
+                    best = cut if best is None or cut.cost < 0.95 * best.cost else best
+        assert best is not None
+        if (best.kind == ALL).sum() > _DENSE_ENOUGH * len(best.kind):
             break
-        best = cheapest
     assert best is not None
     return best.plan(mask, groups, device)
 
@@ -112,7 +131,7 @@ def _sides(mask: Mask, n: int) -> list[tuple[int, int]]:
         bq, bk = (math.gcd(64, *sizes) for sizes in zip(*tables, strict=True))
         sides = [(bq, bk)]
     else:
-        sides = [(64, 64), (16, 16), (8, 8)]
+        sides = [(64, 64), (16, 16), (8, 8), (8, 2)]
     most = 1 << (n - 1).bit_length()  # few queries (decoding) need no tall units
     return list(dict.fromkeys((min(bq, most), bk) for bq, bk in sides))
 
@@ -165,19 +184,9 @@ class _Cut:
     def plan(self, mask: Mask, groups: int, device: torch.device) -> Plan:
         s = self.structure
         bq, bk = s.block_size
-        kind = self.kind.clone()
-        if s.m % bk:  # the last unit reaches beyond the last key
-            kind[self.column == s.num_key_blocks - 1] = SOME
-        hold = int((kind == SOME).sum()) * bq * bk <= _PATTERN_BYTES
+        cells = self._cells(mask)
         budget = _PAIRS * torch.get_num_threads() // (self.rows * bq * bk * groups)
-        order = self.tile.argsort(stable=True)
-        sorted_cells = _Cells(self.tile[order], self.slot[order], self.column[order], kind[order])
-        batches = []
-        for tiles in _equal_lengths(self.length, budget):
-            batch = self._batch(tiles, sorted_cells)
-            if hold and batch.partial.numel():
-                batch = replace(batch, pattern=pattern(mask, batch, s.block_size, s.heads, s.n, s.m))
-            batches.append(batch)
+        batches = [self._batch(tiles, cells) for tiles in _alike(self.length, cells.signature, budget)]
         computed = sum(batch.keys.numel() for batch in batches) * self.rows * bq * bk
         return Plan(
             s.block_size,
@@ -188,36 +197,73 @@ class _Cut:
             self.cost,
         )
 
+    def _cells(self, mask: Mask) -> "_Cells":
+        """The visited blocks in order of their tiles, with their masks as far as those fit in memory."""
+        s = self.structure
+        order = self.tile.argsort(stable=True)
+        tile, slot, column, kind = (x[order] for x in (self.tile, self.slot, self.column, self.kind))
+        if s.m % s.block_size[1]:  # the last unit reaches beyond the last key
+            kind[column == s.num_key_blocks - 1] = SOME
+        place = (self.needed.cumsum(1) - 1)[tile, column]
+        some = kind == SOME
+        pattern, signature = None, None
+        if int(some.sum()) * s.block_size[0] * s.block_size[1] <= _PATTERN_BYTES:
+            within = tile % self.per_layer
+            unit = within // self.stride * self.span + within % self.stride + slot * self.stride
+            layer = tile // self.per_layer
+            pattern = _pairs(mask, s.block_size, s.heads, s.n, s.m, layer[some], unit[some], column[some])
+            # Tiles with equal signatures are compared before they share a mask, so collisions do no harm.
+            look = kind.double()
+            weight = torch.rand(math.prod(s.block_size), generator=torch.Generator().manual_seed(0), dtype=torch.double)
+            look[some] = pattern.flatten(1).double() @ weight
+            where = torch.sin((slot * 7919 + place).double() + 1.0)
+            signature = torch.zeros(len(self.length), dtype=torch.double).index_add_(0, tile, look * where)
+        number = some.cumsum(0) - 1
+        return _Cells(tile, slot, place, kind, number, pattern, signature)
+
     def _batch(self, tiles: Tensor, cells: "_Cells") -> Batch:
         width = int(self.length[tiles].max())
-        needed = self.needed[tiles]
-        # visited units first, in ascending order
-        keys = needed.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        keys = self.needed[tiles].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
         keys = keys * (torch.arange(width) < self.length[tiles, None])
-        place = needed.cumsum(1) - 1
-        local, own = cells.of(tiles)
-        kind = torch.full((len(tiles), self.rows, width), NONE, dtype=torch.uint8)
-        kind[local, cells.slot[own], place[local, cells.column[own]]] = cells.kind[own]
         within = tiles % self.per_layer
         first = within // self.stride * self.span + within % self.stride
         queries = first[:, None] + torch.arange(self.rows) * self.stride
+        local, own = cells.of(tiles)
+        kind = torch.full((len(tiles), self.rows, width), NONE, dtype=torch.uint8)
+        number = torch.full(kind.shape, -1)
+        kind[local, cells.slot[own], cells.place[own]] = cells.kind[own]
+        number[local, cells.slot[own], cells.place[own]] = cells.number[own]
+        some = kind == SOME
+        pattern = None if cells.pattern is None else cells.pattern[number[some]]
+        if pattern is not None and len(tiles) > 1 and torch.equal(kind, kind[:1].expand_as(kind)):
+            each = pattern.unflatten(0, (len(tiles), -1))
+            if torch.equal(each, each[:1].expand_as(each)):
+                kind, some, pattern = kind[:1], some[:1], each[0].clone()
+        layer = tiles // self.per_layer
+        queries = queries.clamp(max=self.structure.num_query_blocks)
         return Batch(
-            tiles // self.per_layer,
-            queries.clamp(max=self.structure.num_query_blocks),
+            layer,
+            queries,
             keys,
             None if bool((kind == ALL).all()) else kind,
-            (kind == SOME).nonzero().T.contiguous(),
+            some.nonzero().T.contiguous(),
+            pattern,
+            _run(layer, queries),
+            _run(layer, keys),
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """Visited blocks, sorted by tile."""
+    """Visited blocks, sorted by tile; `signature` (tiles,) is equal for tiles that are masked alike."""
 
     tile: Tensor
     slot: Tensor
-    column: Tensor
+    place: Tensor  # key slot
     kind: Tensor
+    number: Tensor  # index into pattern of the blocks of kind SOME
+    pattern: Tensor | None
+    signature: Tensor | None
 
     def of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """The cells of some tiles: each one's position in ``tiles``, and its index here."""
@@ -228,15 +274,21 @@ class _Cells:
         return local, torch.arange(len(local)) - skipped[local] + first[local]
 
 
-def _equal_lengths(length: Tensor, budget: int) -> Iterator[Tensor]:
-    """Tiles with (nearly) equally many keys, at most ``budget`` key units together."""
-    order = length.argsort(stable=True)
+def _alike(length: Tensor, signature: Tensor | None, budget: int) -> Iterator[Tensor]:
+    """Tiles with (nearly) equally many keys, at most ``budget`` key units together; those masked alike apart."""
+    if signature is None:
+        signature = torch.zeros(len(length), dtype=torch.double)
+    _, look, count = torch.unique(signature, return_inverse=True, return_counts=True)
+    look[count[look] == 1] = len(count)  # one of a kind: with the others of its length
+    order = look.argsort(stable=True)
+    order = order[length[order].argsort(stable=True)]
     order = order[length[order] > 0]
-    lengths = length[order].tolist()
+    lengths, looks = length[order].tolist(), look[order].tolist()
     begin = 0
     for end in range(1, len(lengths) + 1):
         if (
             end == len(lengths)
+            or (looks[end] != looks[begin])
             or lengths[end] > lengths[begin] * _SLACK
             or (end + 1 - begin) * lengths[end] > budget
         ):
@@ -244,5 +296,13 @@ def _equal_lengths(length: Tensor, budget: int) -> Iterator[Tensor]:
             begin = end
 
 
+def _run(layer: Tensor, units: Tensor) -> Run | None:
+    first = int(units[0, 0])
+    step = int(units[1, 0]) - first if len(units) > 1 else units.shape[1]
+    regular = first + torch.arange(len(units))[:, None] * step + torch.arange(units.shape[1])
+    same_layer = bool((layer == layer[0]).all())
+    return Run(first, step) if step > 0 and same_layer and torch.equal(units, regular) else None
+
+
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(None if t is None else t.to(device) for t in vars(batch).values()))
+    return replace(batch, **{name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)})

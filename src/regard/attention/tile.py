@@ -27,7 +27,7 @@ def forward(
             q, k, v, is_causal=causal, attn_mask=mask, scale=scale
         )
         if mask is not None:  # the kernel reports 0 for rows that see nothing
-            lse = lse.masked_fill((mask == -torch.inf).all(-1), -torch.inf)
+            lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
         return out, lse
     s = _scores(q, k, mask, scale, causal)
     lse = s.logsumexp(-1)
