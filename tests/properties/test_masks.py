@@ -151,7 +151,10 @@ def test_flex_attention_gives_the_masked_softmax(case: Case) -> None:
     ):
         listed = torch.arange(index.shape[-1]) < count[..., None]
         kinds.scatter_add_(-1, index.long(), listed.int() * kind)
-    assert torch.equal(kinds, case.mask.blocks(case.n, case.m, 8).grid().int())
+    ours = case.mask.blocks(case.n, case.m, 8).grid().int()
+    ours[..., case.n // 8 :, :].clamp_(max=SOME)  # blocks that the lengths cut off are never full to FlexAttention
+    ours[..., case.m // 8 :].clamp_(max=SOME)
+    assert torch.equal(kinds, ours)
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(BATCH, HEADS, case.n, 4, generator=generator, dtype=torch.float64)

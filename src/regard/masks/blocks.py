@@ -109,6 +109,10 @@ class BlockStructure:
         if kind is not None:
             keep = kinds == kind
             row, column, kinds = row[keep], column[keep], kinds[keep]
+        return self.pad(row, column, kinds, width)
+
+    def pad(self, row: Tensor, column: Tensor, kind: Tensor, width: int | None = None) -> BlockLists:
+        """Padded lists of some cells of this structure, given as by `cells`."""
         rows = len(self.row_ptr) - 1
         count = torch.bincount(row, minlength=rows)
         width = int(count.max()) if width is None else width
@@ -116,7 +120,7 @@ class BlockStructure:
         index = torch.zeros(rows, width, dtype=torch.int32, device=row.device)
         padded = torch.zeros(rows, width, dtype=torch.uint8, device=row.device)
         index[row, slot] = column.int()
-        padded[row, slot] = kinds
+        padded[row, slot] = kind
         shape = (self.batch, self.heads, self.num_query_blocks)
         return BlockLists(index.view(*shape, width), padded.view(*shape, width), count.int().view(shape))
 

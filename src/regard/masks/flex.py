@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from regard.masks.base import Mask
-from regard.masks.blocks import ALL, SOME
+from regard.masks.blocks import ALL
 
 
 def to_flex(
@@ -17,8 +17,13 @@ def to_flex(
     structure = mask.blocks(n, m, block_size)
     if device is not None:
         structure = structure.to(device)
-    some = structure.lists(SOME, width=structure.num_key_blocks)
-    every = structure.lists(ALL, width=structure.num_key_blocks)
+    row, column, kind = structure.cells()
+    # FlexAttention takes a full block to have block_size pairs, so those that the lengths cut off need the mask
+    (bq, bk), rows, columns = structure.block_size, structure.num_query_blocks, structure.num_key_blocks
+    cut = (row % rows >= n // bq) | (column >= m // bk)
+    full = (kind == ALL) & ~cut
+    some = structure.pad(row[~full], column[~full], kind[~full], columns)
+    every = structure.pad(row[full], column[full], kind[full], columns)
     placed = mask if device is None else mask.to(device)
 
     # a plain function, because FlexAttention inspects and traces it as one
