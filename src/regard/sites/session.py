@@ -91,7 +91,8 @@ class _Session:
             for site in self.sites:
                 adapter.route(site.module, self._attention_of(site))
                 exits.callback(adapter.route, site.module, None)
-        self._hook(exits, adapter.decoder(self.model).register_forward_pre_hook(self._begin, with_kwargs=True))
+        decoder = adapter.decoder(self.model)
+        self._hook(exits, decoder.register_forward_pre_hook(self._begin(decoder), with_kwargs=True))
         for site in self.sites:
             self._hook(exits, site.module.register_forward_pre_hook(self._before(site), with_kwargs=True))
             outputs = [m for m in self._at("output") if m.acts_on(site)]
@@ -114,32 +115,38 @@ class _Session:
 
     # --- before and after the attention module ------------------------------------------------------------------
 
-    def _begin(self, module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _begin(self, decoder: nn.Module):
         """Pre-hook of the decoder: what its call says about positions and padding, and the policy's cache."""
-        given = _Given(module, args, kwargs)
-        if self._at("cache"):
-            self._provide_cache(module.config, given)
-        tokens = given.get("input_ids")
-        tokens = given.get("inputs_embeds") if tokens is None else tokens
-        n, device = tokens.shape[1], tokens.device
-        positions = given.get("position_ids")
-        if positions is None:
-            cache = given.get("past_key_values")
-            seen = 0 if cache is None else cache.get_seq_length()
-            positions = torch.arange(seen, seen + n, device=device)[None]
-        padding = given.get("attention_mask")
-        valid = None
-        if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
-            valid = padding[:, -n:].bool()
-        self.step = Step(positions=positions, valid=valid)
-        return given.args, given.kwargs
+        names = _parameter_names(decoder)
+
+        def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            given = _Given(names, args, kwargs)
+            if self._at("cache"):
+                self._provide_cache(module.config, given)
+            tokens = given.get("input_ids")
+            tokens = given.get("inputs_embeds") if tokens is None else tokens
+            n, device = tokens.shape[1], tokens.device
+            positions = given.get("position_ids")
+            if positions is None:
+                cache = given.get("past_key_values")
+                seen = 0 if cache is None else cache.get_seq_length()
+                positions = torch.arange(seen, seen + n, device=device)[None]
+            padding = given.get("attention_mask")
+            valid = None
+            if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
+                valid = padding[:, -n:].bool()
+            self.step = Step(positions=positions, valid=valid)
+            return given.args, given.kwargs
+
+        return hook
 
     def _before(self, site: Site):
         """Pre-hook of a site: stage `hidden`, and the step for the cache layer and the call."""
         methods = self._at("hidden", site=site)
+        names = _parameter_names(site.module)
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            given = _Given(module, args, kwargs)
+            given = _Given(names, args, kwargs)
             for method in methods:
                 given.set("hidden_states", method.hidden(site, given.get("hidden_states")))
             step = replace(self.step)
@@ -270,12 +277,15 @@ class _Session:
         return forward
 
 
+def _parameter_names(module: nn.Module) -> list[str]:
+    return list(inspect.signature(module.forward).parameters)
+
+
 class _Given:
     """The arguments of a forward by name, however they were passed; `set` keeps the way they were passed."""
 
-    def __init__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.args, self.kwargs = args, kwargs
-        self._names = list(inspect.signature(module.forward).parameters)
+    def __init__(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> None:
+        self._names, self.args, self.kwargs = names, args, kwargs
 
     def get(self, name: str) -> Any:
         place = self._place(name)
