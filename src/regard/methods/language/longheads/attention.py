@@ -20,7 +20,7 @@ from regard.errors import ArgumentError
 from regard.positions import rotate
 from regard.sites import Rotary
 
-_MEMORY = 2**23  # elements of the largest intermediate; queries are processed in runs that keep to it
+_MEMORY = 2**22  # elements of the largest intermediate; queries are processed in runs that keep to it
 _TILE = 64  # queries that attend to one chunk together
 
 
@@ -256,20 +256,21 @@ def _chosen_chunks(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, sc
     nth = torch.arange(len(of_tile), device=device) - (tiles_of.cumsum(0) - tiles_of)[of_tile]
     stop = count.cumsum(0)
     at = (stop - count)[of_tile].unsqueeze(-1) + nth.unsqueeze(-1) * tile + torch.arange(tile, device=device)
-    real = at < stop[of_tile].unsqueeze(-1)
+    filled = at < stop[of_tile].unsqueeze(-1)
     pair = order[at.clamp(max=len(order) - 1)]  # (tiles, tile)
+    target = pair.masked_fill(~filled, len(order))  # what fills up a tile goes to a row that is thrown away
     chunk = of_tile // (heads * g) * kv_heads * g + of_tile // g % heads // (heads // kv_heads) * g + of_tile % g
 
     q, k, v = query.flatten(0, 3), key.flatten(0, 2), value.flatten(0, 2)
-    out = query.new_empty(len(order), v.shape[-1])
-    lse = query.new_empty(len(order), dtype=torch.promote_types(query.dtype, torch.float32))
+    out = query.new_empty(len(order) + 1, v.shape[-1])
+    lse = query.new_empty(len(order) + 1, dtype=torch.promote_types(query.dtype, torch.float32))
     at_once = max(1, _MEMORY // 4 // (max(tile, k.shape[1]) * max(dim, v.shape[-1])))
-    for some, chunks, keep in zip(pair.split(at_once), chunk.split(at_once), real.split(at_once), strict=True):
+    for some, chunks, rows in zip(pair.split(at_once), chunk.split(at_once), target.split(at_once), strict=True):
         part = attention(
             q[some].unsqueeze(1), k[chunks].unsqueeze(1), v[chunks].unsqueeze(1), scale=scale, return_lse=True
         )
-        out[some[keep]], lse[some[keep]] = part.out.squeeze(1)[keep], part.lse.squeeze(1)[keep]
-    out, lse = out.view(batch, heads, ranks, n, -1), lse.view(batch, heads, ranks, n)
+        out[rows], lse[rows] = part.out.squeeze(1), part.lse.squeeze(1)
+    out, lse = out[:-1].view(batch, heads, ranks, n, -1), lse[:-1].view(batch, heads, ranks, n)
     return [Partial(o, s) for o, s in zip(out.unbind(2), lse.unbind(2), strict=True)]
 
 
