@@ -19,16 +19,21 @@ from regard.masks import NONE, Mask
 
 def run(p: Problem) -> Partial:
     """Attention over the blocks that the mask visits; time and memory in proportion to them."""
-    mask = structured(p)
-    grouped = mask.heads is None
-    layout = _Layout(
-        p.batch, p.kv_heads if grouped else p.heads, p.groups if grouped else 1, p.kv_heads, p.n, p.m, p.scale
-    )
-    work = plan(mask, p.n, p.m, layout.groups, p.device)
+    work, mask, layout = prepare(p)
     dim = max(p.key.shape[-1], p.value.shape[-1])
     q, k, v = (F.pad(t, (0, dim - t.shape[-1])) for t in (p.query, p.key, p.value))
     out, lse = _Blocks.apply(q, k, v, p.bias, mask, work, layout)
     return Partial(out[..., : p.value.shape[-1]], lse)
+
+
+def prepare(p: Problem) -> tuple[Plan, Mask, "_Layout"]:
+    """What is to be run, before anything is computed. Plans are remembered, so asking twice costs nothing."""
+    mask = structured(p)
+    shared = mask.heads is None
+    layout = _Layout(
+        p.batch, p.kv_heads if shared else p.heads, p.groups if shared else 1, p.kv_heads, p.n, p.m, p.scale
+    )
+    return plan(mask, p.n, p.m, layout.groups, p.device), mask, layout
 
 
 def structured(p: Problem) -> Mask:
@@ -93,13 +98,18 @@ class _Units:
             x = F.pad(x, (0, 0) * (x.dim() - 3) + (0, extra), value=pad)
         self.x = x.contiguous()
         self.rows = self.x.view(x.shape[0] * x.shape[1] * self.count, -1)
+        self.scratch = self.rows.new_empty(0)  # gathering into fresh memory each time would cost twice as much
 
     def take(self, head: Tensor, units: Tensor, run: Run | None) -> Tensor:
-        """Tokens of the tiles, (T, G, tokens, ...); a view where they form a `Run`."""
+        """Tokens of the tiles, (T, G, tokens, ...), valid until the next call; a view where they form a `Run`."""
         if run is not None:
             return self._view(head, units, run)
         index = self._index(head, units)
-        found = self.rows.index_select(0, index.flatten())
+        size = index.numel() * self.rows.shape[1]
+        if self.scratch.numel() < size:
+            self.scratch = self.rows.new_empty(size)
+        found = self.scratch[:size].view(index.numel(), -1)
+        torch.index_select(self.rows, 0, index.flatten(), out=found)
         return found.view(*index.shape[:2], index.shape[2] * self.side, *self.x.shape[3:])
 
     def put(self, head: Tensor, units: Tensor, run: Run | None, value: Tensor) -> None:
@@ -154,7 +164,8 @@ class _Blocks(torch.autograd.Function):
                 rows = (visit.query_head, batch.queries, batch.query_run)
                 columns = (visit.key_head, batch.keys, batch.key_run)
                 kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
-                out_tile, lse_tile = tile.forward(queries.take(*rows), kt, vt, additive, layout.scale)
+                term = _with_bias(additive, bias, visit, work, layout, wide)
+                out_tile, lse_tile = tile.forward(queries.take(*rows), kt, vt, term, layout.scale)
                 out.put(*rows, out_tile)
                 lse.put(*rows, lse_tile)
         result = out.whole(), lse.whole()
@@ -175,13 +186,15 @@ class _Blocks(torch.autograd.Function):
         grad_lses = None if grad_lse is None else _Units(grad_lse, side, spare)
         dq = _Units(q.new_zeros(q.shape), side, spare)
         dk, dv = (_Units(x.new_zeros(x.shape, dtype=lse.dtype), work.side[1]) for x in (k, v))
+        dbias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[3] else None
         for batch in work.batches:
             additive = _additive(batch, mask, work, layout, lse.dtype)
             for visit in layout.visits(batch, work.layers):
                 rows = (visit.query_head, batch.queries, batch.query_run)
                 columns = (visit.key_head, batch.keys, batch.key_run)
                 kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
-                dq_tile, dk_tile, dv_tile = tile.backward(
+                term = _with_bias(additive, bias, visit, work, layout, lse.dtype)
+                arguments: tuple[Any, ...] = (
                     grad_outs.take(*rows),
                     None if grad_lses is None else grad_lses.take(*rows),
                     queries.take(*rows),
@@ -189,21 +202,32 @@ class _Blocks(torch.autograd.Function):
                     vt,
                     outs.take(*rows),
                     lses.take(*rows),
-                    additive,
+                    term,
                     layout.scale,
                 )
+                if dbias is None:
+                    dq_tile, dk_tile, dv_tile = tile.backward(*arguments)
+                else:
+                    dq_tile, dk_tile, dv_tile, ds = tile.backward_with_scores(*arguments)
+                    _add_bias_gradient(dbias, ds, visit, work, layout)
                 dq.put(*rows, dq_tile)
-                dk.add(*columns, dk_tile.sum(1, keepdim=True, dtype=lse.dtype))
-                dv.add(*columns, dv_tile.sum(1, keepdim=True, dtype=lse.dtype))
-        return dq.whole(), dk.whole().to(k.dtype), dv.whole().to(v.dtype), None, None, None, None
+                dk.add(*columns, _ungroup(dk_tile).to(lse.dtype))
+                dv.add(*columns, _ungroup(dv_tile).to(lse.dtype))
+        bias_grad = None if dbias is None else dbias.to(bias.dtype)
+        return dq.whole(), dk.whole().to(k.dtype), dv.whole().to(v.dtype), bias_grad, None, None, None
 
 
 def _cut(q: Tensor, k: Tensor, v: Tensor, work: Plan) -> tuple[_Units, _Units, _Units]:
     return _Units(q, work.side[0], work.padded), _Units(k, work.side[1]), _Units(v, work.side[1])
 
 
+def _ungroup(grad: Tensor) -> Tensor:
+    """The gradient of a key head from those of its query heads: (T, G, ...) to (T, 1, ...)."""
+    return grad if grad.shape[1] == 1 else grad.sum(1, keepdim=True)
+
+
 def _additive(batch: Batch, mask: Mask, work: Plan, layout: _Layout, dtype: torch.dtype) -> Tensor | None:
-    """The mask of a batch's tiles as a term of the scores: (U, 1, R * query side, C * key side); None if all is seen."""
+    """The mask of a batch's tiles as a term of the scores: (U, 1, queries, keys); None if all is visible."""
     if batch.kind is None:
         return None
     bq, bk = work.side
@@ -218,3 +242,37 @@ def _additive(batch: Batch, mask: Mask, work: Plan, layout: _Layout, dtype: torc
         term = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, -torch.inf)
         blocks.transpose(2, 3)[batch.partial.unbind()] = term
     return blocks.view(tiles, 1, rows * bq, columns * bk)
+
+
+def _with_bias(
+    additive: Tensor | None, bias: Tensor | None, visit: _Visit, work: Plan, layout: _Layout, dtype: torch.dtype
+) -> Tensor | None:
+    """The mask's term and the bias of the tiles, together: broadcastable to (T, G, queries, keys)."""
+    if bias is None:
+        return additive
+    term = bias[_bias_index(bias, visit, work, layout)].to(dtype)
+    return term if additive is None else term + additive
+
+
+def _add_bias_gradient(dbias: Tensor, ds: Tensor, visit: _Visit, work: Plan, layout: _Layout) -> None:
+    """Add the gradient of the scores of some tiles (T, G, queries, keys) to that of the bias."""
+    index = _bias_index(dbias, visit, work, layout)
+    shape = torch.broadcast_shapes(*(i.shape for i in index))
+    dbias.index_put_(index, ds.sum_to_size(shape), accumulate=True)
+
+
+def _bias_index(bias: Tensor, visit: _Visit, work: Plan, layout: _Layout) -> tuple[Tensor, ...]:
+    """Where the entries of the bias for some tiles stand; together broadcastable to (T, G, queries, keys)."""
+
+    def tokens(units: Tensor, side: int, length: int) -> Tensor:
+        inside = torch.arange(side, device=units.device)
+        return (units[:, :, None] * side + inside).flatten(1).clamp(max=length - 1)  # what is beyond is masked
+
+    heads = layout.lanes * layout.groups
+    index = (
+        visit.query_head[:, :, None, None] // heads,
+        visit.query_head[:, :, None, None] % heads,
+        tokens(visit.batch.queries, work.side[0], layout.n)[:, None, :, None],
+        tokens(visit.batch.keys, work.side[1], layout.m)[:, None, None, :],
+    )
+    return tuple(i if size > 1 else i.new_zeros(1, 1, 1, 1) for i, size in zip(index, bias.shape, strict=True))

@@ -5,7 +5,7 @@ from typing import Literal, overload
 
 from torch import Tensor
 
-from regard.attention import reference, sdpa
+from regard.attention import blocks, flex, reference, sdpa
 from regard.attention.partial import Partial
 from regard.attention.problem import Problem, checked
 from regard.errors import ArgumentError
@@ -21,18 +21,18 @@ class Explanation:
     Attributes:
         backend: the backend that runs.
         reason: why this one.
-        density: the share of query-key pairs its tiles compute; 1.0 where all of them are.
-        block_size: side of the blocks the mask's structure was read in; None where it was not read.
+        density: the share of query-key pairs that is computed.
+        block_size: (queries, keys) of the blocks in which the mask was read; None where it was not.
     """
 
     backend: str
     reason: str
     density: float = 1.0
-    block_size: int | None = None
+    block_size: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        blocks = "" if self.block_size is None else f", blocks of {self.block_size}"
-        return f"{self.backend}: {self.reason} ({self.density:.1%} of the pairs computed{blocks})"
+        size = "" if self.block_size is None else " in blocks of {} x {}".format(*self.block_size)
+        return f"{self.backend}: {self.reason}; computes {self.density:.1%} of the pairs{size}"
 
 
 @overload
@@ -97,7 +97,15 @@ def attention(
         raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
         backend = _choose(p, return_lse).backend
-    result = sdpa.run(p, return_lse) if backend == "sdpa" and p.n and p.m else reference.run(p)
+    match backend:
+        case "sdpa" if p.n and p.m:
+            result = sdpa.run(p, return_lse)
+        case "flex" if p.n and p.m:
+            result = flex.run(p, return_lse)
+        case "blocks" if p.n and p.m:
+            result = blocks.run(p)
+        case _:
+            result = reference.run(p)
     return result if return_lse else result.out
 
 
@@ -116,6 +124,40 @@ def explain(
 
 
 def _choose(p: Problem, return_lse: bool) -> Explanation:
-    if sdpa.refuses(p, return_lse) is None:
-        return Explanation("sdpa", "torch's fused kernel")
-    return Explanation("reference", "no faster backend can do this")
+    if p.query.numel() == 0 or p.m == 0:
+        return Explanation("reference", "there is nothing to compute", 0.0)
+    no_sdpa = sdpa.refuses(p, return_lse)
+    learnt_bias = p.needs_grad and p.bias is not None and p.bias.requires_grad
+    offset = sdpa.causal_offset(p)
+    if p.bias is None and offset is not None and no_sdpa is None:
+        if offset >= p.m - 1:
+            return Explanation("sdpa", "every query sees every key")
+        # i + offset + 1 keys for query i, as far as there are so many
+        rising = min(p.n, p.m - offset)
+        visible = rising * (2 * offset + rising + 1) // 2 + (p.n - rising) * p.m
+        return Explanation("sdpa", "causal, for which the fused kernel has its own path", visible / (p.n * p.m))
+    if p.device.type != "cpu":
+        return _choose_accelerator(p, return_lse, no_sdpa)
+    if learnt_bias and p.n * p.m > _SMALL:
+        work = blocks.prepare(p)[0]
+        return Explanation("blocks", "a bias that needs a gradient, tile by tile", work.density, work.side)
+    if p.n * p.m <= _SMALL or not isinstance(p.mask, Mask):
+        if no_sdpa is None:
+            return Explanation("sdpa", "small enough" if p.n * p.m <= _SMALL else "no block structure is known")
+        return Explanation("blocks", no_sdpa)
+    work = blocks.prepare(p)[0]
+    if no_sdpa is None and work.cost > p.n * p.m * work.layers[0] * work.layers[1]:
+        return Explanation("sdpa", f"the mask visits {work.density:.0%} in blocks, too much to gain by it")
+    return Explanation("blocks", "the mask is sparse in blocks", work.density, work.side)
+
+
+def _choose_accelerator(p: Problem, return_lse: bool, no_sdpa: str | None) -> Explanation:
+    """Away from the CPU the compiled kernel is the fast one; tiles in matrix products do what it cannot."""
+    if isinstance(p.mask, Mask) and p.bias is None and flex.refuses(p, return_lse) is None:
+        return Explanation("flex", "a compiled kernel for the mask")
+    if no_sdpa is None:
+        return Explanation("sdpa", "a dense mask or bias is given")
+    return Explanation("blocks", no_sdpa)
+
+
+_SMALL = 1 << 16  # score entries per head below which planning costs more than a dense mask

@@ -10,7 +10,7 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from regard.masks import ALL, NONE, SOME, BlockStructure, Mask
 from regard.masks.table import Table
 
-_PAIRS = 1 << 19  # scores per kernel call and thread: fits the caches, and hides the cost of the call
+_PAIRS = 1 << 20  # scores per kernel call and thread: fits the caches, and hides the cost of the call
 _SLACK = 1.07  # key lists are padded by at most this factor to share a batch
 _DENSE_ENOUGH = 0.8  # share of fully visible blocks from which finer units cannot gain much
 _PATTERN_BYTES = 1 << 26  # evaluated mask blocks that a plan may hold
@@ -83,12 +83,17 @@ def plan(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan:
     plans = _plans.get(mask)
     if plans is None:
         plans = _plans[mask] = {}
-        if not any(isinstance(leaf, Table) for leaf in _leaves(mask)):
+        if not holds_table(mask):
             _kept.append(mask)
     key = (n, m, groups, device)
     if key not in plans:
         plans[key] = _make(mask.to("cpu"), n, m, groups, device)
     return plans[key]
+
+
+def holds_table(mask: Mask) -> bool:
+    """Whether a part of the mask is a table, such as lists of blocks chosen at run time."""
+    return any(isinstance(leaf, Table) for leaf in _leaves(mask))
 
 
 def pattern(batch: Batch, mask: Mask, side: tuple[int, int], heads: int, n: int, m: int) -> Tensor:
@@ -305,4 +310,5 @@ def _run(layer: Tensor, units: Tensor) -> Run | None:
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
-    return replace(batch, **{name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)})
+    tensors: dict[str, Any] = {name: x.to(device) for name, x in vars(batch).items() if isinstance(x, Tensor)}
+    return replace(batch, **tensors)

@@ -63,35 +63,24 @@ class Problem:
         tensors = (self.query, self.key, self.value, self.bias)
         return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
-    def allowed(self, q: slice = slice(None), k: slice | Tensor = slice(None)) -> Tensor | None:
-        """Which of the given queries see which of the given keys: bool, broadcastable to (B, H, |q|, |k|).
-
-        Args:
-            q: a run of queries.
-            k: a run of keys, or the indices of some keys.
-        """
+    def allowed(self, q: slice = slice(None)) -> Tensor | None:
+        """Which keys the given queries see: bool, broadcastable to (B, H, |q|, M)."""
         if self.mask is None:
             return None
         if isinstance(self.mask, Tensor):
-            mask = self.mask
-            mask = mask if mask.shape[-2] == 1 else mask[..., q, :]
-            return mask if mask.shape[-1] == 1 else mask[..., k]
+            return self.mask if self.mask.shape[-2] == 1 else self.mask[..., q, :]
         index = torch.arange(max(self.n, self.m, self.batch, self.heads), device=self.device)
-        keys = index[: self.m][k] if isinstance(k, slice) else k
         allowed = self.mask(
             index[: self.batch, None, None, None],
             index[: self.heads, None, None],
             index[: self.n, None][q],
-            keys,
+            index[: self.m],
         )
         return allowed[(None,) * (4 - allowed.ndim)]
 
-    def bias_tile(self, q: slice = slice(None), k: slice | Tensor = slice(None)) -> Tensor | None:
-        """The bias of the given queries and keys, broadcastable to (B, H, |q|, |k|)."""
-        if self.bias is None:
-            return None
-        bias = self.bias if self.bias.shape[-2] == 1 else self.bias[..., q, :]
-        return bias if bias.shape[-1] == 1 else bias[..., k]
+    def bias_rows(self, q: slice = slice(None)) -> Tensor | None:
+        """The bias of the given queries, broadcastable to (B, H, |q|, M)."""
+        return self.bias if self.bias is None or self.bias.shape[-2] == 1 else self.bias[..., q, :]
 
 
 def checked(
@@ -146,7 +135,12 @@ def checked(
             )
         mask = _rank4("mask", mask, shape, query.device)
     elif isinstance(mask, Mask):
-        mask.check(n, m)
+        if n and m:
+            mask.check(n, m)
+        for name, own, size in (("batch items", mask.batch, batch), ("heads", mask.heads, heads)):
+            if own not in (None, size):
+                raise ShapeError(f"mask: distinguishes {own} {name}, query has {size}: {mask!r}")
+        mask = mask.to(query.device) if query.device.type != "cpu" else mask
     elif mask is not None:
         raise ArgumentError(f"mask: expected a regard mask, a bool tensor or None, got {type(mask).__name__}")
     if bias is not None:

@@ -45,7 +45,7 @@ def received(
         rows = slice(q0, min(q0 + chunk, stop), step)
         q = query[:, :, rows].to(dtype).unflatten(1, (p.kv_heads, p.groups))
         s = (q @ keys.mT * p.scale).flatten(1, 2)
-        if (tile := p.bias_tile(rows)) is not None:
+        if (tile := p.bias_rows(rows)) is not None:
             s = s + tile
         rows_lse = lse[:, :, rows, None].to(dtype)
         weights = (s - rows_lse.masked_fill(rows_lse == -torch.inf, 0.0)).exp()

@@ -4,12 +4,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regard import masks
 from regard.attention import tile
 from regard.attention.heads import fold, fold_mask, unfold
 from regard.attention.partial import Partial, merge
+from regard.attention.plan import holds_table
 from regard.attention.problem import Problem
 from regard.errors import Unsupported
+from regard.masks.combine import Shift
+from regard.masks.sequence import Band
 
 
 def refuses(p: Problem, return_lse: bool) -> str | None:
@@ -42,14 +44,17 @@ def run(p: Problem, return_lse: bool = False) -> Partial:
 
 
 def causal_offset(p: Problem) -> int | None:
-    """The c for which query i sees exactly the keys ``j <= i + c``, if the mask is of this kind (full: c = M)."""
+    """The c for which query i sees exactly the keys ``j <= i + c``, if there is one (c = M if it sees all)."""
     if p.mask is None:
         return p.m
-    if isinstance(p.mask, Tensor):
+    if isinstance(p.mask, Tensor) or holds_table(p.mask):
         return None
-    if p.mask == masks.causal():
-        return 0
-    return None
+    shift, mask = (p.mask.offset, p.mask.mask) if isinstance(p.mask, Shift) else (0, p.mask)
+    if isinstance(mask, Band) and mask.least is not None and (mask.most is None or mask.most >= p.n - 1 + shift):
+        offset = shift - mask.least
+        return offset if offset >= 0 else None
+    corners = (torch.tensor([x]) for x in (0, p.n, 0, p.m))
+    return p.m if bool(p.mask.to("cpu").rect(*corners)[1].all()) else None
 
 
 def _fused(p: Problem, q: Tensor, k: Tensor, v: Tensor, offset: int | None) -> Partial:
