@@ -13,7 +13,15 @@ from regard.masks import ALL, NONE, SOME, Mask
 from tests.masks.naive import BATCH, HEADS, Case, cases, leaves
 
 block_sizes = st.tuples(st.integers(1, 11), st.integers(1, 11)) | st.integers(1, 40).map(lambda b: (b, b))
-roots = st.sampled_from([1, 16, 1 << 14])  # 1 and 16 force the builder to refine even small matrices
+# the builder's limits: as they are, made to refine even small matrices, and made to read off row by row
+builders = st.sampled_from(
+    [
+        {"_CHUNK": 1 << 16},
+        {"_ROOTS": 1, "_STRIPES": 1},
+        {"_ROOTS": 16, "_STRIPES": 1, "_CHUNK": 7},
+        {"_CELLS": 20, "_CHUNK": 7},
+    ]
+)
 
 
 def dense(mask: Mask, n: int, m: int) -> Tensor:
@@ -32,10 +40,10 @@ def test_dense_and_pointwise_calls_are_the_definition(case: Case) -> None:
     assert torch.equal(case.mask(b, h, q, k).expand(50), expected[b, h, q, k])
 
 
-@given(cases(), block_sizes, roots)
+@given(cases(), block_sizes, builders)
 @settings(max_examples=400, deadline=None)
-def test_blocks_are_sound(case: Case, block: tuple[int, int], most_roots: int) -> None:
-    with patch("regard.masks.build._ROOTS", most_roots):
+def test_blocks_are_sound(case: Case, block: tuple[int, int], limits: dict[str, int]) -> None:
+    with patch.multiple("regard.masks.build", **limits):
         kinds = case.mask.blocks(case.n, case.m, block).grid()
         decided = case.mask.blocks(case.n, case.m, block, exact=True).grid()
     true = case.kinds(block)
@@ -45,10 +53,10 @@ def test_blocks_are_sound(case: Case, block: tuple[int, int], most_roots: int) -
         assert torch.equal(kinds.int(), true)
 
 
-@given(leaves(), block_sizes, roots)
+@given(leaves(), block_sizes, builders)
 @settings(max_examples=600, deadline=None)
-def test_blocks_of_leaves_are_exact(case: Case, block: tuple[int, int], most_roots: int) -> None:
-    with patch("regard.masks.build._ROOTS", most_roots):
+def test_blocks_of_leaves_are_exact(case: Case, block: tuple[int, int], limits: dict[str, int]) -> None:
+    with patch.multiple("regard.masks.build", **limits):
         structure = case.mask.blocks(case.n, case.m, block)
     if "from_function" not in repr(case.mask):
         assert case.mask.exact
@@ -138,6 +146,7 @@ def test_structure_bounds_the_density(case: Case, block: tuple[int, int]) -> Non
     assert torch.equal(rebuilt, grid)
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @given(cases(depth=2))
 @settings(max_examples=30, deadline=None)
 def test_flex_attention_gives_the_masked_softmax(case: Case) -> None:

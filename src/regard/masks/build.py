@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from regard.errors import Unsupported
 from regard.masks.base import Mask
-from regard.masks.blocks import ALL, NONE, SOME, BlockStructure
+from regard.masks.blocks import NONE, BlockStructure
 from regard.masks.table import block_pair
 
 _ROOTS = 1 << 14  # at most so many rectangles are asked about before any refinement
 _FAN = 4  # a mixed rectangle is refined into _FAN x _FAN
 _CHUNK = 1 << 16  # answers (rectangles x batch x heads) held at a time
+_STRIPES = 64  # rows whose runs are shorter than this, in blocks, are cheaper to read off than to refine
+_CELLS = 1 << 20  # blocks read off at a time
 _PAIRS = 1 << 22  # pairs evaluated at a time where blocks are decided pointwise
 
 
@@ -34,43 +38,56 @@ class _Builder:
             raise Unsupported(f"blocks of {block} are too small for a {n} x {m} mask: run positions overflow 64 bits")
 
     def build(self) -> BlockStructure:
+        if self.mask.relative and self.bq == self.bk:
+            diagonals = self._diagonals()
+            if int((diagonals.diff() != 0).sum()) > self.columns // _STRIPES:
+                return self._read_off(diagonals)
+        return self._refine()
+
+    def _refine(self) -> BlockStructure:
+        """Ask about rectangles of blocks, and again about the parts of mixed ones."""
         side = 1
         while -(-self.rows // side) * -(-self.columns // side) > _ROOTS:
             side *= _FAN
         i, j = _mesh(-(-self.rows // side), -(-self.columns // side))
         found: list[Tensor] = []
-        while True:
+        while side > 1:
             mixed = []
-            for part_i, part_j in zip(i.split(self._chunk()), j.split(self._chunk()), strict=True):
-                segments, open_i, open_j = self._level(part_i, part_j, side)
-                found.append(segments)
-                mixed.append((open_i, open_j))
-            if side == 1:
-                return self._join(torch.cat(found))
+            for part_i, part_j in self._chunks(i, j):
+                kind, closed = self._rectangles(part_i, part_j, side)
+                found.append(self._segments(kind * closed, part_i * side, part_j * side, side))
+                mixed.append((part_i[~closed], part_j[~closed]))
             side //= _FAN
             i, j = self._children(torch.cat([x for x, _ in mixed]), torch.cat([x for _, x in mixed]), side)
+        found += [self._segments(self._blocks(*part), *part, 1) for part in self._chunks(i, j)]
+        return self._join(torch.cat(found))
 
-    def _chunk(self) -> int:
-        return max(1, _CHUNK // (self.batch * self.heads))
+    def _chunks(self, i: Tensor, j: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        size = max(1, _CHUNK // (self.batch * self.heads))
+        return zip(i.split(size), j.split(size), strict=True)
 
-    def _level(self, i: Tensor, j: Tensor, side: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Segments of the rectangles (i, j) of ``side`` x ``side`` blocks that are decided, and those left open."""
+    def _ask(self, i: Tensor, j: Tensor, side: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """``some`` and ``all``, (batch, heads, R), of the rectangles of ``side`` x ``side`` blocks, and their sides."""
         q0, q1 = i * (side * self.bq), ((i + 1) * (side * self.bq)).clamp(max=self.n)
         k0, k1 = j * (side * self.bk), ((j + 1) * (side * self.bk)).clamp(max=self.m)
-        shape = (self.batch, self.heads, len(i))
-        some, every = (x.broadcast_to(shape) for x in self.mask.rect(q0, q1, k0, k1))
-        if side == 1:
-            if self.pointwise:
-                some, every = self._decide(some, every, i, j)
-            closed = torch.ones_like(i, dtype=torch.bool)
-        else:
-            decided = every | ~some
-            if self.settles:
-                height, width = _least_part(q1 - q0, self.bq), _least_part(k1 - k0, self.bk)
-                decided = decided | self.mask.settled(q0, q1, k0, k1, height, width)
-            closed = decided.all(1).all(0)
-        kind = torch.where(every, ALL, torch.where(some, SOME, NONE)).flatten(0, 1)
-        return self._segments(kind * closed, i * side, j * side, side), i[~closed], j[~closed]
+        some, every = (x.broadcast_to(self.batch, self.heads, len(i)) for x in self.mask.rect(q0, q1, k0, k1))
+        return some, every, [q0, q1, k0, k1]
+
+    def _rectangles(self, i: Tensor, j: Tensor, side: int) -> tuple[Tensor, Tensor]:
+        """Kinds (batch * heads, R), and which rectangles (R,) have one kind throughout in every batch item and head."""
+        some, every, (q0, q1, k0, k1) = self._ask(i, j, side)
+        decided = every | ~some
+        if self.settles:
+            height, width = _least_part(q1 - q0, self.bq), _least_part(k1 - k0, self.bk)
+            decided = decided | self.mask.settled(q0, q1, k0, k1, height, width)
+        return _kind(some, every), decided.all(1).all(0)
+
+    def _blocks(self, i: Tensor, j: Tensor) -> Tensor:
+        """Kinds (batch * heads, R) of single blocks."""
+        some, every, _ = self._ask(i, j, 1)
+        if self.pointwise:
+            some, every = self._decide(some, every, i, j)
+        return _kind(some, every)
 
     def _children(self, i: Tensor, j: Tensor, side: int) -> tuple[Tensor, Tensor]:
         di, dj = _mesh(_FAN, _FAN)
@@ -84,7 +101,7 @@ class _Builder:
         kind, i, j = kind[layer, cell], i[cell], j[cell]
         stop = (j + side).clamp(max=self.columns)
         row = layer * self.rows + i
-        packed = ((row * self.columns + j) * (self.columns + 1) + stop) * 2 + (kind - 1)
+        packed = ((row * self.columns + j) * (self.columns + 1) + stop) * 2 + (kind.long() - 1)
         if side == 1:
             return packed
         below = torch.arange(side)
@@ -110,6 +127,33 @@ class _Builder:
             row_ptr, start[first], stop[last], kind[first], self.n, self.m, (self.bq, self.bk), self.batch, self.heads
         )
 
+    def _diagonals(self) -> Tensor:
+        """Kinds by ``j - i``, ascending, of a mask on ``q - k``: the first column from below, then the first row."""
+        i = torch.cat([torch.arange(self.rows - 1, 0, -1), torch.zeros(self.columns, dtype=torch.int64)])
+        j = torch.cat([torch.zeros(self.rows - 1, dtype=torch.int64), torch.arange(self.columns)])
+        return torch.cat([self._blocks(*part)[0] for part in self._chunks(i, j)])
+
+    def _read_off(self, diagonals: Tensor) -> BlockStructure:
+        """Every row is a window on the diagonals, except for the last row and column, whose blocks may be cut off."""
+        below, right = torch.arange(self.rows), torch.arange(self.columns)
+        last_column = self._blocks(below, torch.full_like(below, self.columns - 1))[0]
+        last_row = self._blocks(torch.full_like(right, self.rows - 1), right)[0]
+        windows = diagonals.unfold(0, self.columns, 1)  # window w is row rows - 1 - w
+        count = torch.zeros(self.rows + 1, dtype=torch.int64)
+        runs = []
+        height = max(1, _CELLS // self.columns)
+        for top in range(0, self.rows, height):
+            bottom = min(top + height, self.rows)
+            grid = windows[self.rows - bottom : self.rows - top].flip(0)
+            grid[:, -1] = last_column[top:bottom]
+            if bottom == self.rows:
+                grid[-1] = last_row
+            row, *run = _runs(grid)
+            count[top + 1 : bottom + 1] = torch.bincount(row, minlength=bottom - top)
+            runs.append(run)
+        start, stop, kind = (torch.cat(part) for part in zip(*runs, strict=True))
+        return BlockStructure(count.cumsum(0), start, stop, kind, self.n, self.m, (self.bq, self.bk))
+
     def _decide(self, some: Tensor, every: Tensor, i: Tensor, j: Tensor) -> tuple[Tensor, Tensor]:
         """Replace "some, not all" by what the pairs of the block say."""
         some, every = some.clone(), every.clone()
@@ -133,6 +177,23 @@ def block_pairs(mask: Mask, n: int, m: int, bq: int, bk: int, i: Tensor, j: Tens
     k = (j[:, None] * bk + torch.arange(bk))[:, None, :]
     allowed = mask(b, h, q.clamp(max=n - 1), k.clamp(max=m - 1))
     return allowed.broadcast_to(mask.batch or 1, mask.heads or 1, len(i), bq, bk), (q < n) & (k < m)
+
+
+def _kind(some: Tensor, every: Tensor) -> Tensor:
+    """``NONE``, ``SOME`` or ``ALL`` as uint8, batch and heads in one axis."""
+    return (some.to(torch.uint8) + every.to(torch.uint8)).flatten(0, 1)
+
+
+def _runs(grid: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(row, start, stop, kind)`` of the runs of equal kind in a grid of blocks, those of `NONE` left out."""
+    first = torch.ones_like(grid, dtype=torch.bool)
+    first[:, 1:] = grid[:, 1:] != grid[:, :-1]
+    row, start = first.nonzero(as_tuple=True)
+    stop = torch.cat([start[1:], torch.zeros_like(start[:1])])
+    kind = grid[row, start]
+    stop = torch.where(stop == 0, grid.shape[1], stop)  # the next run begins a new row
+    there = kind != NONE
+    return row[there], start[there].int(), stop[there].int(), kind[there]
 
 
 def _mesh(rows: int, columns: int) -> tuple[Tensor, Tensor]:

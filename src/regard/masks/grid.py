@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -56,9 +57,13 @@ class Product(Mask):
         key_boxes = self._boxes(k0, k1 - 1)
         for queries_here, queries in self._boxes(q0, q1 - 1):
             for keys_here, keys in key_boxes:
-                here = (queries_here & keys_here).nonzero().flatten()
-                if len(here):
-                    box_some, box_every = self._box_pair(here, queries, keys)
+                both = queries_here & keys_here
+                if both.all():  # the usual case at the finest level, worth the gathers it saves
+                    box_some, box_every = self._box_pair(queries, keys)
+                    some, every = some | box_some, every & box_every
+                elif both.any():
+                    here = both.nonzero().flatten()
+                    box_some, box_every = self._box_pair(_pick(queries, here), _pick(keys, here))
                     some[here] |= box_some
                     every[here] &= box_every
         return some, every
@@ -101,13 +106,10 @@ class Product(Mask):
             same = same & (head[axis] == tail[axis])
         return boxes
 
-    def _box_pair(self, here: Tensor, queries: Box, keys: Box) -> tuple[Tensor, Tensor]:
-        some = torch.ones_like(here, dtype=torch.bool)
-        every = some
-        for axis, (q0, q1), (k0, k1) in zip(self.axes, queries, keys, strict=True):
-            axis_some, axis_every = axis.rect(q0[here], q1[here], k0[here], k1[here])
-            some, every = some & axis_some.flatten(), every & axis_every.flatten()
-        return some, every
+    def _box_pair(self, queries: Box, keys: Box) -> tuple[Tensor, Tensor]:
+        answers = (axis.rect(*q, *k) for axis, q, k in zip(self.axes, queries, keys, strict=True))
+        some, every = zip(*answers, strict=True)
+        return reduce(Tensor.__and__, some).flatten(), reduce(Tensor.__and__, every).flatten()
 
 
 @dataclass(frozen=True)
@@ -227,3 +229,7 @@ def spread(name: str, value: T | Sequence[T], grid: tuple[int, ...]) -> tuple[T,
 
 def _points(coordinates: list[Tensor]) -> Box:
     return [(c, c + 1) for c in coordinates]
+
+
+def _pick(box: Box, here: Tensor) -> Box:
+    return [(start[here], stop[here]) for start, stop in box]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -56,20 +57,26 @@ class NeighborhoodAxis(Mask):
         visible = (self.start(p, size) <= key) & (key < self.end(p, size))
         return visible if self.dilation == 1 else visible & (k_idx % self.dilation == group)
 
+    @cached_property
+    def _bounds(self) -> tuple[Tensor, Tensor]:
+        """First visible position, and one past the last, for every query of the axis."""
+        q = torch.arange(self.length)
+        p, size = q // self.dilation, self.size(q % self.dilation)
+        return self.start(p, size), self.end(p, size)
+
     def rect(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
+        start, end = self._bounds
+        if self.dilation == 1:
+            last = q1 - 1
+            return (start[q0] < k1) & (k0 < end[last]), (start[last] <= k0) & (k1 <= end[q0])
         some = torch.zeros_like(q0, dtype=torch.bool)
-        every = torch.ones_like(some)
         for step in range(min(self.dilation, int((q1 - q0).max()))):
-            first = q0 + step  # the first query of its group; groups in which there is none start beyond q1
-            group, p0 = first % self.dilation, first // self.dilation
-            size = self.size(group)
-            p1, key0, key1 = (-((group - x) // self.dilation) for x in (q1, k0, k1))  # rounded up
-            here = (first < q1) & (key0 < key1)
-            some |= here & (self.start(p0, size) < key1) & (key0 < self.end(p1 - 1, size))
-            every &= here & (self.start(p1 - 1, size) <= key0) & (key1 <= self.end(p0, size))
-        if self.dilation > 1:
-            every &= (q1 - q0 == 1) & (k1 - k0 == 1)  # neighbours are in different groups
-        return some, every
+            first = torch.minimum(q0 + step, q1 - 1)  # the first query of its group, unless met in an earlier step
+            last = q1 - 1 - (q1 - 1 - first) % self.dilation
+            group = first % self.dilation
+            key0, key1 = (-((group - k) // self.dilation) for k in (k0, k1))  # divided by the dilation, rounded up
+            some |= (key0 < key1) & (start[first] < key1) & (key0 < end[last])
+        return some, some & (q1 - q0 == 1) & (k1 - k0 == 1)  # neighbours are in different groups
 
     def settled(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, height: Tensor, width: Tensor) -> Tensor:
         # where every group's interval holds all keys of its group, only the groups decide, and they alternate
@@ -80,9 +87,8 @@ class NeighborhoodAxis(Mask):
         return inside & (height + width > self.dilation) & (self.dilation > 1)
 
     def count(self, n: int, m: int) -> int | None:
-        q = torch.arange(self.length)
-        p, size = q // self.dilation, self.size(q % self.dilation)
-        return int((self.end(p, size) - self.start(p, size)).sum()) if n == m == self.length else None
+        start, end = self._bounds
+        return int((end - start).sum()) if n == m == self.length else None
 
 
 def neighborhood(
