@@ -75,24 +75,29 @@ class TrackedLayer(DynamicLayer):
 
     def keep(self, index: Tensor) -> None:
         """Keep only the slots `index` (B or 1, Hk or 1, K), in that order; the heads may keep different ones."""
-        assert self.slots is not None and self.keys is not None and self.values is not None
-        batch, heads = self.keys.shape[:2]
-
-        def pick(x: Tensor) -> Tensor:
-            return x.expand(-1, index.shape[1], -1).gather(-1, index.expand(batch, -1, -1))
-
-        self.slots = self.slots.map(pick)
-        rows = index.expand(batch, heads, -1)[..., None]
+        assert self.slots is not None
+        assert self.keys is not None
+        assert self.values is not None
+        self.slots = self.slots.map(lambda x: _pick(x, index))
+        rows = index.expand(*self.keys.shape[:2], -1)[..., None]
         self.keys = self.keys.gather(2, rows.expand(-1, -1, -1, self.keys.shape[-1]))
         self.values = self.values.gather(2, rows.expand(-1, -1, -1, self.values.shape[-1]))
+
+    @property
+    def length(self) -> int:
+        """Number of slots held."""
+        return 0 if self.slots is None else self.slots.positions.shape[-1]
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, kept or not: what the model counts positions from."""
         return self.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        kept = 0 if self.slots is None else self.slots.positions.shape[-1]
-        return kept + query_length, self.seen - kept
+        """As if nothing had been dropped: the model makes one mask for all its layers, and the others hold everything.
+
+        `regard.apply` makes the mask of a layer that dropped keys from its slots.
+        """
+        return self.seen + query_length, 0
 
     # --- batch bookkeeping (beam search, sampling several sequences) ---------------------------------------------
 
@@ -117,6 +122,12 @@ class TrackedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise ArgumentError(f"{type(self).__name__} drops tokens as it goes and cannot be rolled back by crop()")
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """x (B, Hk or 1, M) at index (B or 1, Hk or 1, K), heads broadcast against each other."""
+    heads = max(x.shape[1], index.shape[1])
+    return x.expand(-1, heads, -1).gather(-1, index.expand(x.shape[0], heads, -1))
 
 
 def _append(old: Slots, new: Slots) -> Slots:

@@ -18,12 +18,14 @@ class Step:
         positions: (B or 1, N) positions of the new tokens, as the model counts them.
         cos, sin: (B or 1, 1, N, rotary_dim) angles the model rotates the new queries and keys with, or None.
         valid: (B, N) which new tokens are real (not padding), or None when all are.
+        memo: lives for one forward and is shared by its sites: what a method computes once for all of them.
     """
 
     positions: Tensor | None = None
     cos: Tensor | None = None
     sin: Tensor | None = None
     valid: Tensor | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -41,7 +43,8 @@ class Call:
         key_positions: (B or 1, Hk or 1, M) position of each key slot, None where slot and position coincide.
         probe: (B or 1, Hk or 1, M, P) extra value columns mixed with the same weights as `value`, or None; a method
             that replaces `attend` mixes `payload` so that probes (where does it look?) see what it really does.
-        out, lse: the result, for `after`.
+        out, lse: the result, for `after`; `lse` only where a method needs it.
+        weights: (B, H, N, M), where some method made them exist, else None.
     """
 
     site: Site
@@ -57,6 +60,7 @@ class Call:
     probe: Tensor | None = None
     out: Tensor | None = None
     lse: Tensor | None = None
+    weights: Tensor | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -192,7 +192,7 @@ class _Session:
                 return
             cache = DynamicCache(config=config)
             given.set("past_key_values", cache)
-        if getattr(cache, "regard_method", None) is method:
+        if getattr(cache, "regard_method", None) == method:  # equal, not the same: caches are deep-copied
             return
         if cache.get_seq_length() > 0:
             raise ArgumentError(
@@ -200,6 +200,8 @@ class _Session:
             )
         if not isinstance(cache, DynamicCache):
             raise Unsupported(f"{method.name} replaces the layers of a DynamicCache, got {type(cache).__name__}")
+        if cache.offloading:
+            raise Unsupported(f"{method.name} does not support a cache that offloads its layers")
         layers = cache.layers or DynamicCache(config=config).layers
         cache.layers = method.cache(list(layers), self.sites)
         cache.layer_class_to_replicate = None
@@ -228,7 +230,12 @@ class _Session:
             slots = getattr(layer, "slots", None)
             mask: Mask | None
             bias: Tensor | None
-            if slots is not None:  # the layer dropped keys: slot and position differ, and it knows what is real
+            if slots is not None and layer.seen != m:  # keys were dropped: slot and position differ
+                if isinstance(attention_mask, Tensor):
+                    raise Unsupported(
+                        f"a four-dimensional attention_mask counts keys by position, but the cache has dropped some "
+                        f"of them ({m} of {layer.seen} are left); pass a two-dimensional one"
+                    )
                 mask, bias = masks.causal().shift(m - n), None
                 if slots.valid is not None:
                     mask = mask & masks.padding(_per_query_head(slots.valid, query.shape[1]))
@@ -257,6 +264,7 @@ class _Session:
                 out = stages["attend"][0].attend(call)
             elif materialise or kwargs.get("output_attentions"):
                 out, weights = _materialised(call, stages["scores"], stages["weights"])
+                call.weights = weights
             else:
                 inputs = call.query, call.key, call.payload
                 if needs_lse:
