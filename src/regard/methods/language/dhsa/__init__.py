@@ -1,0 +1,42 @@
+"""DHSA (arXiv:2510.24606): dynamic hierarchical sparse attention for the prompt, over chunks that follow the content."""
+
+from regard.methods.language.dhsa.attention import DHSAConfig, choose_keys, dhsa_attention
+from regard.methods.language.dhsa.blocks import (
+    a_shape_blocks,
+    topk_blocks,
+    vertical_slash_blocks,
+    vertical_slash_blocks_coarse,
+)
+from regard.methods.language.dhsa.boundaries import (
+    label_boundaries,
+    mass_ratio,
+    predict_boundaries,
+    select_boundaries,
+    uniform_boundaries,
+)
+from regard.methods.language.dhsa.losses import focal_bce, soft_label
+from regard.methods.language.dhsa.predictor import (
+    BoundarySimilarity,
+    BoundarySimilarityAttn,
+    BoundarySimilarityStack,
+)
+
+__all__ = [
+    "BoundarySimilarity",
+    "BoundarySimilarityAttn",
+    "BoundarySimilarityStack",
+    "DHSAConfig",
+    "a_shape_blocks",
+    "choose_keys",
+    "dhsa_attention",
+    "focal_bce",
+    "label_boundaries",
+    "mass_ratio",
+    "predict_boundaries",
+    "select_boundaries",
+    "soft_label",
+    "topk_blocks",
+    "uniform_boundaries",
+    "vertical_slash_blocks",
+    "vertical_slash_blocks_coarse",
+]
