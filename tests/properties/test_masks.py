@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from regard.masks import ALL, NONE, SOME, Mask
-from tests.masks.naive import BATCH, HEADS, Case, cases, leaves
+from tests.masks.naive import BATCH, HEADS, Case, cases, grid_leaf, leaves
 
 block_sizes = st.tuples(st.integers(1, 11), st.integers(1, 11)) | st.integers(1, 40).map(lambda b: (b, b))
 # the builder's limits: as they are, made to refine even small matrices, and made to read off row by row
@@ -76,6 +76,20 @@ def test_rectangles_of_leaves_are_exact_anywhere(case: Case, data: st.DataObject
     if case.mask.exact:
         assert torch.equal(some[..., 0].broadcast_to(shape), pairs.any(-1))
         assert torch.equal(every[..., 0].broadcast_to(shape), pairs.all(-1))
+
+
+@given(st.integers(1, 14), st.sampled_from([{"_LONG": 1 << 16}, {"_SHORT": 0}, {"_SHORT": 0, "_LONG": 0}]), st.data())
+@settings(max_examples=150, deadline=None)
+def test_every_rectangle_of_a_neighborhood_axis(length: int, limits: dict[str, int], data: st.DataObject) -> None:
+    case = Case(*data.draw(grid_leaf((length,), ["neighborhood"])), length, length)
+    ranges = torch.combinations(torch.arange(length + 1))
+    (q0, q1), (k0, k1) = ranges.repeat_interleave(len(ranges), 0).T, ranges.repeat(len(ranges), 1).T
+    sums = torch.nn.functional.pad(case.dense()[0, 0].long().cumsum(0).cumsum(1), (1, 0, 1, 0))
+    allowed = sums[q1, k1] - sums[q0, k1] - sums[q1, k0] + sums[q0, k0]
+    with patch.multiple("regard.masks.neighborhood", **limits):
+        some, every = case.mask.rect(q0, q1, k0, k1)
+    assert torch.equal(some, allowed > 0)
+    assert torch.equal(every, allowed == (q1 - q0) * (k1 - k0))
 
 
 @given(cases(), st.data())

@@ -143,7 +143,7 @@ class _Units:
         return self.rows.as_strided(
             (tiles, head.shape[1], length * self.side, *self.x.shape[3:]),
             (run.step * unit, self.count * unit, *tail),
-            (int(head[0, 0]) * self.count + run.first) * unit,
+            self.rows.storage_offset() + (int(head[0, 0]) * self.count + run.first) * unit,
         )
 
 
