@@ -1,0 +1,5 @@
+"""Methods that only watch: where a model looks, without the matrix of weights."""
+
+from regard.probes.pattern import Pattern, PatternProbe
+
+__all__ = ["Pattern", "PatternProbe"]
