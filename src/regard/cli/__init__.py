@@ -1,0 +1,1 @@
+"""The `regard` command: one file per subcommand, put together in `main`."""
