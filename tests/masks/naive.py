@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -194,7 +194,7 @@ def free_leaf(draw: st.DrawFn, n: int, m: int) -> tuple[Mask, Naive]:
 
 
 @st.composite
-def grid_leaf(draw: st.DrawFn, grid: tuple[int, ...]) -> tuple[Mask, Naive]:
+def grid_leaf(draw: st.DrawFn, grid: tuple[int, ...], kinds: Sequence[str] = GRID_LEAVES) -> tuple[Mask, Naive]:
     """A leaf on a token grid, or on as many tokens."""
     n = math.prod(grid)
     axes = range(len(grid))
@@ -207,7 +207,7 @@ def grid_leaf(draw: st.DrawFn, grid: tuple[int, ...]) -> tuple[Mask, Naive]:
             axis_allows(a, x, y) for a, x, y in zip(axes, coordinates(grid, q), coordinates(grid, k), strict=True)
         )
 
-    match draw(st.sampled_from(GRID_LEAVES)):
+    match draw(st.sampled_from(kinds)):
         case "documents":
             cuts = sorted(draw(st.lists(st.integers(0, n), max_size=6)))
             lengths = [y - x for x, y in zip([0, *cuts], [*cuts, n], strict=True)]

@@ -140,7 +140,9 @@ class Mask(ABC):
     ) -> BlockStructure:
         """Which blocks of the (n, m) score matrix are visited, and which of them need the pointwise mask.
 
-        Coarse rectangles are asked first and only mixed ones are refined; no tensor of size n x m is ever made.
+        Coarse rectangles are asked first and only mixed ones are refined; no tensor of size n x m is ever made. The
+        structure takes nine bytes per run of key blocks, so what costs is a pattern with very many runs per row, such
+        as a stride of several blocks over the whole length.
 
         Args:
             n, m: number of queries and keys (``m`` defaults to ``n``).

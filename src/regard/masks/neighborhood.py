@@ -12,6 +12,10 @@ from torch import Tensor
 from regard.errors import ArgumentError
 from regard.masks.base import Index, Mask
 from regard.masks.grid import Product, grid_shape, per_axis, spread
+from regard.masks.table import from_dense
+
+_SHORT = 1 << 10  # axes up to this length may be kept as a matrix
+_LONG = 1 << 16  # axes beyond this length are not even kept as a table
 
 
 @dataclass(frozen=True)
@@ -52,30 +56,48 @@ class NeighborhoodAxis(Mask):
         return (self.length - group + self.dilation - 1) // self.dilation
 
     def __call__(self, b: Index, h: Index, q_idx: Tensor, k_idx: Tensor) -> Tensor:
-        group, p, key = q_idx % self.dilation, q_idx // self.dilation, k_idx // self.dilation
-        size = self.size(group)
-        visible = (self.start(p, size) <= key) & (key < self.end(p, size))
-        return visible if self.dilation == 1 else visible & (k_idx % self.dilation == group)
+        start, end = self.bounds(q_idx)
+        key = k_idx // self.dilation
+        visible = (start <= key) & (key < end)
+        return visible if self.dilation == 1 else visible & (k_idx % self.dilation == q_idx % self.dilation)
 
-    @cached_property
-    def _bounds(self) -> tuple[Tensor, Tensor]:
-        """First visible position, and one past the last, for every query of the axis."""
-        q = torch.arange(self.length)
+    def bounds(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """First visible position, and one past the last, of the queries at coordinates ``q``."""
         p, size = q // self.dilation, self.size(q % self.dilation)
         return self.start(p, size), self.end(p, size)
 
+    @cached_property
+    def _all_bounds(self) -> tuple[Tensor, Tensor]:
+        return self.bounds(torch.arange(self.length))
+
+    @cached_property
+    def _dense(self) -> Mask:
+        return from_dense(self.dense(self.length))
+
     def rect(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
-        start, end = self._bounds
         if self.dilation == 1:
-            last = q1 - 1
-            return (start[q0] < k1) & (k0 < end[last]), (start[last] <= k0) & (k1 <= end[q0])
+            (start0, end0), (start1, end1) = self._look_up(q0), self._look_up(q1 - 1)
+            return (start0 < k1) & (k0 < end1), (start1 <= k0) & (k1 <= end0)
+        if self.length <= _SHORT:
+            some, every = self._dense.rect(q0, q1, k0, k1)
+            return some.flatten(), every.flatten()
+        return self._rect_by_group(q0, q1, k0, k1)
+
+    def _look_up(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """`bounds`, from a table where that is small."""
+        if self.length > _LONG:
+            return self.bounds(q)
+        start, end = self._all_bounds
+        return start[q], end[q]
+
+    def _rect_by_group(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
         some = torch.zeros_like(q0, dtype=torch.bool)
         for step in range(min(self.dilation, int((q1 - q0).max()))):
             first = torch.minimum(q0 + step, q1 - 1)  # the first query of its group, unless met in an earlier step
             last = q1 - 1 - (q1 - 1 - first) % self.dilation
             group = first % self.dilation
             key0, key1 = (-((group - k) // self.dilation) for k in (k0, k1))  # divided by the dilation, rounded up
-            some |= (key0 < key1) & (start[first] < key1) & (key0 < end[last])
+            some |= (key0 < key1) & (self._look_up(first)[0] < key1) & (key0 < self._look_up(last)[1])
         return some, some & (q1 - q0 == 1) & (k1 - k0 == 1)  # neighbours are in different groups
 
     def settled(self, q0: Tensor, q1: Tensor, k0: Tensor, k1: Tensor, height: Tensor, width: Tensor) -> Tensor:
@@ -87,7 +109,7 @@ class NeighborhoodAxis(Mask):
         return inside & (height + width > self.dilation) & (self.dilation > 1)
 
     def count(self, n: int, m: int) -> int | None:
-        start, end = self._bounds
+        start, end = self.bounds(torch.arange(self.length))
         return int((end - start).sum()) if n == m == self.length else None
 
 
