@@ -38,14 +38,16 @@ def run(p: Problem, return_lse: bool = False) -> Partial:
     """
     if reason := refuses(p, return_lse):
         raise Unsupported(f"backend 'flex': {reason}; use backend='blocks'")
+    tensors: tuple[Tensor, ...] = (p.query, p.key, p.value)
+    if not p.needs_grad:  # it looks at requires_grad even where gradients are disabled
+        tensors = tuple(t.detach() for t in tensors)
+    bias = p.bias if p.bias is None or p.needs_grad else p.bias.detach()
     block_mask = None if p.mask is None else structured(p).to_flex(p.n, p.m, BLOCK, p.device)
     try:
         with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
             result = _compiled()(
-                p.query,
-                p.key,
-                p.value,
-                score_mod=None if p.bias is None else _adds(p.bias),
+                *tensors,
+                score_mod=None if bias is None else _adds(bias),
                 block_mask=block_mask,
                 scale=p.scale,
                 enable_gqa=p.groups > 1,

@@ -146,9 +146,7 @@ def _choose(p: Problem, return_lse: bool) -> Explanation:
             return Explanation("sdpa", "small enough" if p.n * p.m <= _SMALL else "no block structure is known")
         return Explanation("blocks", no_sdpa)
     work = blocks.prepare(p)[0]
-    if no_sdpa is None and work.cost > p.n * p.m * work.layers[0] * work.layers[1]:
-        return Explanation("sdpa", f"the mask visits {work.density:.0%} in blocks, too much to gain by it")
-    return Explanation("blocks", "the mask is sparse in blocks", work.density, work.side)
+    return Explanation("blocks", "tile by tile, only where the mask allows anything", work.density, work.side)
 
 
 def _choose_accelerator(p: Problem, return_lse: bool, no_sdpa: str | None) -> Explanation:
