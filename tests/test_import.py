@@ -48,3 +48,20 @@ def test_public_name_resolves(name: str) -> None:
 def test_unknown_name_is_refused_with_the_public_ones() -> None:
     with pytest.raises(AttributeError, match=r"no attribute 'atention'; public names: Partial, apply, attention"):
         _ = regard.atention
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import regard.attention",
+        "import regard.attention.operator",
+        "from regard.attention import attention",
+        "from regard import merge",
+        "import regard.sites",
+    ],
+)
+def test_attention_is_the_operator_whatever_was_imported_first(first: str) -> None:
+    """Importing a submodule binds its name in the package, past `regard.__getattr__`."""
+    script = f"{first}\nimport regard, torch\nx = torch.ones(1, 1, 2, 4)\nprint(regard.attention(x, x, x).shape)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "torch.Size([1, 1, 2, 4])\n"
