@@ -44,8 +44,8 @@ study: install  ## the demo at several lengths, one report each (CONTEXTS="512 1
 		echo "report: $(CURDIR)/reports/$$context.html"; \
 	done
 
-test: install  ## run the tests (ARGS="-k blocks" for some of them)
-	@$(OFFLINE) $(BIN)/python -m pytest -n 2 tests $(ARGS)
+test: install  ## run the tests (some of them: ARGS="tests/masks -k blocks")
+	@$(OFFLINE) $(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: install  ## ruff and mypy
 	@$(BIN)/ruff check .
