@@ -1,4 +1,4 @@
-"""DHSA (arXiv:2510.24606): dynamic hierarchical sparse attention for the prompt, over chunks that follow the content."""
+"""DHSA (arXiv:2510.24606): dynamic hierarchical sparse attention over chunks that follow the content."""
 
 from regard.methods.language.dhsa.attention import DHSAConfig, choose_keys, dhsa_attention
 from regard.methods.language.dhsa.blocks import (
@@ -15,13 +15,18 @@ from regard.methods.language.dhsa.boundaries import (
     uniform_boundaries,
 )
 from regard.methods.language.dhsa.losses import focal_bce, soft_label
+from regard.methods.language.dhsa.method import DHSA
 from regard.methods.language.dhsa.predictor import (
+    BoundaryPredictor,
     BoundarySimilarity,
     BoundarySimilarityAttn,
     BoundarySimilarityStack,
 )
+from regard.methods.language.dhsa.weights import load_predictor, save_predictor
 
 __all__ = [
+    "DHSA",
+    "BoundaryPredictor",
     "BoundarySimilarity",
     "BoundarySimilarityAttn",
     "BoundarySimilarityStack",
@@ -31,8 +36,10 @@ __all__ = [
     "dhsa_attention",
     "focal_bce",
     "label_boundaries",
+    "load_predictor",
     "mass_ratio",
     "predict_boundaries",
+    "save_predictor",
     "select_boundaries",
     "soft_label",
     "topk_blocks",

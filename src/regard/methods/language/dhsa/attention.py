@@ -139,6 +139,8 @@ def choose_keys(
     """(B, blocks, K) ascending keys for each block of the queries (B, H, N, D); -1 marks no key."""
     b, (batch, _, n, _), m = config.block_size, query.shape, key.shape[2]
     budget = min(config.budget, m)
+    if n == 0:
+        return torch.empty(batch, 0, budget, dtype=torch.long, device=key.device)
     if window is not None and not config.dedupe:
         budget = min(budget, window)
     of_queries, of_keys = _POOLING[config.pooling]
@@ -153,7 +155,7 @@ def choose_keys(
         choose(part.gather(2, segment.expand(-1, part.shape[1], -1)), block * b, budget, config, window)
         for part, block in zip(scores.split(run, dim=1), blocks.split(run), strict=True)
     ]
-    return torch.cat(chosen, dim=1) if chosen else blocks.new_empty(batch, 0, budget)
+    return torch.cat(chosen, dim=1)
 
 
 def _once(scores: Tensor, start: Tensor, budget: int, config: DHSAConfig, window: int | None) -> Tensor:

@@ -38,7 +38,7 @@ class _Rows(NamedTuple):
         return (self.block > 0) & (self.block < self.recent)
 
     def finish(self, scores: Tensor, kept: Tensor, reserved: Tensor, k: int) -> Tensor:
-        """Dense rows whole; the others what is `kept` and the best of the middle, k minus `reserved` (nq, 1) of them."""
+        """Dense rows whole; the others what is `kept` and of the middle the best k minus `reserved` (nq, 1)."""
         budget = torch.minimum(k - reserved, self.recent - 1).clamp(min=0).squeeze(-1)
         best = select.top_k(scores.masked_fill(~self.middle, -torch.inf), budget)
         return torch.where(self.dense, self.causal, kept | best)

@@ -4,11 +4,12 @@ Boundaries of L tokens are ascending positions from 0 to L, chunk s being tokens
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.attention.problem import checked
 from regard.errors import ArgumentError
 from regard.masks import Mask, causal
+from regard.methods.language.dhsa.predictor import BoundaryPredictor
 
 _EXCLUDED = -100.0  # logit of positions whose window reaches beyond the ends
 _WEIGHTS_AT_ONCE = 2**22
@@ -74,10 +75,9 @@ def select_boundaries(
 
 
 def predict_boundaries(
-    predictor: nn.Module,
+    predictor: BoundaryPredictor,
     key: Tensor,
     num_chunks: int,
-    window_size: int = 4,
     theta: float | None = None,
     nms_window_size: int = 8,
     instruction_tokens: int | None = None,
@@ -91,7 +91,7 @@ def predict_boundaries(
     """
     with torch.no_grad():
         logits = predictor(key_features(key))
-    logits = logits.masked_fill(~_inside(logits.shape[1], window_size, smooth_ends, logits.device), _EXCLUDED)
+    logits = logits.masked_fill(~_inside(logits.shape[1], predictor.window_size, smooth_ends, logits.device), _EXCLUDED)
     found = [select_boundaries(row, num_chunks, theta, nms_window_size, instruction_tokens) for row in logits]
     return found, logits
 

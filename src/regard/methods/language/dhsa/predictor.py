@@ -18,8 +18,8 @@ from regard.errors import ShapeError
 _WINDOWS_AT_ONCE = 2048  # positions encoded together where no gradient is needed: bounds the unfolded windows
 
 
-class _Predictor(nn.Module):
-    """Windows, runs of positions and the final comparison; subclasses encode."""
+class BoundaryPredictor(nn.Module):
+    """What the predictors share: windows, runs of positions and the final comparison. Subclasses encode windows."""
 
     def __init__(self, channel_in: int, window_size: int, encoded: int, hidden: int, eps: float) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class _Predictor(nn.Module):
         return self.mlp(features).view(windows.shape[:2])
 
 
-class BoundarySimilarity(_Predictor):
+class BoundarySimilarity(BoundaryPredictor):
     """Convolutional: a depthwise convolution over each half, then a pointwise one."""
 
     def __init__(self, channel_in: int, window_size: int = 4, d_h: int = 256, d_in: int = 256) -> None:
@@ -63,7 +63,7 @@ class BoundarySimilarity(_Predictor):
         return self.enc(left).squeeze(-1), self.enc(right).squeeze(-1)
 
 
-class BoundarySimilarityAttn(_Predictor):
+class BoundarySimilarityAttn(BoundaryPredictor):
     """One self-attention over the window, normalised, without a residual."""
 
     def __init__(
@@ -77,7 +77,7 @@ class BoundarySimilarityAttn(_Predictor):
         return _halves(self.enc(windows), self.window_size, self.pool)
 
 
-class BoundarySimilarityStack(_Predictor):
+class BoundarySimilarityStack(BoundaryPredictor):
     """Residual self-attentions over the window: ``x += dropout(enc(norm(x)))``, with one `norm` shared by all."""
 
     def __init__(
