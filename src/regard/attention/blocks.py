@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from regard import masks
 from regard.attention import tile
-from regard.attention.partial import Partial
+from regard.attention.partial import Partial, merge
 from regard.attention.plan import Batch, Plan, Run, pattern, plan
 from regard.attention.problem import Problem
 from regard.masks import NONE, Mask
@@ -166,6 +166,9 @@ class _Blocks(torch.autograd.Function):
                 kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
                 term = _with_bias(additive, bias, visit, work, layout, wide)
                 out_tile, lse_tile = tile.forward(queries.take(*rows), kt, vt, term, layout.scale)
+                if batch.joins:
+                    earlier = Partial(out.take(*rows), lse.take(*rows))
+                    out_tile, lse_tile = merge(earlier, Partial(out_tile, lse_tile))
                 out.put(*rows, out_tile)
                 lse.put(*rows, lse_tile)
         result = out.whole(), lse.whole()

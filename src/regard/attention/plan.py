@@ -41,6 +41,7 @@ class Batch:
     pattern: Tensor | None  # (S, query side, key side) bool, the mask there; None: evaluate it in each call
     query_run: "Run | None"  # where `queries` and `keys` are regular enough to be read without gathering
     key_run: "Run | None"
+    joins: bool  # whether an earlier batch has seen other keys of these queries: the results are merged then
 
 
 class Run(NamedTuple):
@@ -117,13 +118,15 @@ def _make(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan
     best: _Cut | None = None
     for side in _sides(mask, n):
         structure = mask.blocks(n, m, side)
+        cells = structure.cells()
         for stride in {1, _stride(structure)}:
             for rows in {min(queries // side[0], structure.num_query_blocks // stride) for queries in (64, 128, 256)}:
                 if rows:
-                    cut = _Cut(structure, rows, stride)
+                    cut = _Cut(structure, cells, rows, stride)
                     best = cut if best is None or cut.cost < 0.95 * best.cost else best
         assert best is not None
-        if (best.kind == ALL).sum() > _DENSE_ENOUGH * len(best.kind):
+        kind = best.cells[2]
+        if (kind == ALL).sum() > _DENSE_ENOUGH * len(kind):
             break
     assert best is not None
     return best.plan(mask, groups, device)
@@ -161,78 +164,78 @@ class _Cut:
     """Tiles of ``rows`` query units, ``stride`` units apart.
 
     Attributes:
-        tile: (cells,) the tile of each visited block; tiles of a layer are numbered in order of their first unit.
-        length: (tiles,) number of different key units a tile needs.
+        cells: query row, key unit and kind of each visited block, see `BlockStructure.cells`.
+        tile, slot: (layers * query units,) where each query row has its place.
+        needed: (tiles, key units) bool.
         cost: see `Plan`.
     """
 
-    def __init__(self, structure: BlockStructure, rows: int, stride: int):
-        self.structure, self.rows, self.stride = structure, rows, stride
+    def __init__(self, structure: BlockStructure, cells: tuple[Tensor, Tensor, Tensor], rows: int, stride: int):
+        self.structure, self.cells, self.rows, self.stride = structure, cells, rows, stride
         self.span = rows * stride
-        units = structure.num_query_blocks
+        units, layers = structure.num_query_blocks, structure.batch * structure.heads
         self.per_layer = -(-units // self.span) * stride
-        row, self.column, self.kind = structure.cells()
-        layer, unit = row // units, row % units
-        self.tile = layer * self.per_layer + unit // self.span * stride + unit % stride
+        row = torch.arange(layers * units)
+        unit = row % units
+        self.tile = row // units * self.per_layer + unit // self.span * stride + unit % stride
         self.slot = unit % self.span // stride
-        tiles = structure.batch * structure.heads * self.per_layer
-        keys = structure.num_key_blocks
-        needed = torch.zeros(tiles * keys, dtype=torch.bool)
-        needed[self.tile * keys + self.column] = True
-        self.needed = needed.view(tiles, keys)
-        self.length = self.needed.sum(1)
+        self.needed = torch.zeros(layers * self.per_layer, structure.num_key_blocks, dtype=torch.bool)
+        self.needed.view(-1)[self._place()] = True
         queries = rows * structure.block_size[0]
-        length = self.length[self.length > 0] * structure.block_size[1]
+        length = self.needed.sum(1) * structure.block_size[1]
         # Measured on CPU with D = 64: a tile has a fixed part, and few queries make poor use of the kernel.
-        self.cost = float(((length + 32) * queries).sum() * (0.85 + 25 / queries))
+        self.cost = float(((length + 32 * (length > 0)) * queries).sum() * (0.85 + 25 / queries))
+
+    def _place(self) -> Tensor:
+        """(cells,) where each visited block falls in `needed`."""
+        return self.tile[self.cells[0]] * self.structure.num_key_blocks + self.cells[1]
 
     def plan(self, mask: Mask, groups: int, device: torch.device) -> Plan:
+        """Tiles that are mostly visible are done in two parts, so that only the rest of them carries a mask."""
         s = self.structure
         bq, bk = s.block_size
-        cells = self._cells(mask)
+        _, column, kind = self.cells
+        if s.m % bk:  # the last unit reaches beyond the last key
+            kind = torch.where(column == s.num_key_blocks - 1, SOME, kind)
+        visible = torch.zeros(self.needed.numel(), dtype=torch.int16)
+        visible.index_add_(
+            0, self._place()[kind == ALL], torch.ones(1, dtype=torch.int16).expand(int((kind == ALL).sum()))
+        )
+        whole = visible.view(self.needed.shape) == self.rows
+        split = (2 * whole.sum(1) >= self.needed.sum(1)) & (whole != self.needed).any(1)
+        whole &= split[:, None]
+        rest = self.needed & ~whole
+        cells = _masks(self, mask, rest, kind)
         budget = _PAIRS * torch.get_num_threads() // (self.rows * bq * bk * groups)
-        batches = [self._batch(tiles, cells) for tiles in _alike(self.length, cells.signature, budget)]
+        batches = []
+        for wanted, joins in ((whole, False), (rest & ~split[:, None], False), (rest & split[:, None], True)):
+            for tiles in _alike(wanted.sum(1), cells.signature, budget):
+                batches.append(
+                    _to(self._batch(tiles, wanted[tiles], cells if wanted is not whole else None, joins), device)
+                )
         computed = sum(batch.keys.numel() for batch in batches) * self.rows * bq * bk
         return Plan(
             s.block_size,
-            tuple(_to(batch, device) for batch in batches),
+            tuple(batches),
             (s.batch, s.heads),
             s.num_query_blocks % self.span != 0,
             computed / (s.n * s.m * s.batch * s.heads),
             self.cost,
         )
 
-    def _cells(self, mask: Mask) -> "_Cells":
-        """The visited blocks in order of their tiles, with their masks as far as those fit in memory."""
-        s = self.structure
-        order = self.tile.argsort(stable=True)
-        tile, slot, column, kind = (x[order] for x in (self.tile, self.slot, self.column, self.kind))
-        if s.m % s.block_size[1]:  # the last unit reaches beyond the last key
-            kind[column == s.num_key_blocks - 1] = SOME
-        place = (self.needed.cumsum(1) - 1)[tile, column]
-        some = kind == SOME
-        pattern, signature = None, None
-        if int(some.sum()) * s.block_size[0] * s.block_size[1] <= _PATTERN_BYTES:
-            within = tile % self.per_layer
-            unit = within // self.stride * self.span + within % self.stride + slot * self.stride
-            layer = tile // self.per_layer
-            pattern = _pairs(mask, s.block_size, s.heads, s.n, s.m, layer[some], unit[some], column[some])
-            # Tiles with equal signatures are compared before they share a mask, so collisions do no harm.
-            look = kind.double()
-            weight = torch.rand(math.prod(s.block_size), generator=torch.Generator().manual_seed(0), dtype=torch.double)
-            look[some] = pattern.flatten(1).double() @ weight
-            where = torch.sin((slot * 7919 + place).double() + 1.0)
-            signature = torch.zeros(len(self.length), dtype=torch.double).index_add_(0, tile, look * where)
-        number = some.cumsum(0) - 1
-        return _Cells(tile, slot, place, kind, number, pattern, signature)
-
-    def _batch(self, tiles: Tensor, cells: "_Cells") -> Batch:
-        width = int(self.length[tiles].max())
-        keys = self.needed[tiles].to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
-        keys = keys * (torch.arange(width) < self.length[tiles, None])
+    def _batch(self, tiles: Tensor, wanted: Tensor, cells: "_Cells | None", joins: bool) -> Batch:
+        length = wanted.sum(1)
+        width = int(length.max())
+        keys = wanted.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :width]
+        keys = keys * (torch.arange(width) < length[:, None])
         within = tiles % self.per_layer
         first = within // self.stride * self.span + within % self.stride
         queries = first[:, None] + torch.arange(self.rows) * self.stride
+        queries = queries.clamp(max=self.structure.num_query_blocks)
+        layer = tiles // self.per_layer
+        runs = _run(layer, queries), _run(layer, keys)
+        if cells is None:
+            return Batch(layer, queries, keys, None, torch.zeros(3, 0, dtype=torch.int64), None, *runs, joins)
         local, own = cells.of(tiles)
         kind = torch.full((len(tiles), self.rows, width), NONE, dtype=torch.uint8)
         number = torch.full(kind.shape, -1)
@@ -244,31 +247,23 @@ class _Cut:
             each = pattern.unflatten(0, (len(tiles), -1))
             if torch.equal(each, each[:1].expand_as(each)):
                 kind, some, pattern = kind[:1], some[:1], each[0].clone()
-        layer = tiles // self.per_layer
-        queries = queries.clamp(max=self.structure.num_query_blocks)
+        visible = bool((kind == ALL).all())
         return Batch(
-            layer,
-            queries,
-            keys,
-            None if bool((kind == ALL).all()) else kind,
-            some.nonzero().T.contiguous(),
-            pattern,
-            _run(layer, queries),
-            _run(layer, keys),
+            layer, queries, keys, None if visible else kind, some.nonzero().T.contiguous(), pattern, *runs, joins
         )
 
 
 @dataclass(frozen=True, eq=False)
 class _Cells:
-    """Visited blocks, sorted by tile; `signature` (tiles,) is equal for tiles that are masked alike."""
+    """The visited blocks that stand in masked tiles, sorted by tile."""
 
     tile: Tensor
     slot: Tensor
     place: Tensor  # key slot
     kind: Tensor
     number: Tensor  # index into pattern of the blocks of kind SOME
-    pattern: Tensor | None
-    signature: Tensor | None
+    pattern: Tensor | None  # as far as they fit in memory
+    signature: Tensor  # (tiles,) equal for tiles that are masked alike
 
     def of(self, tiles: Tensor) -> tuple[Tensor, Tensor]:
         """The cells of some tiles: each one's position in ``tiles``, and its index here."""
@@ -279,10 +274,32 @@ class _Cells:
         return local, torch.arange(len(local)) - skipped[local] + first[local]
 
 
-def _alike(length: Tensor, signature: Tensor | None, budget: int) -> Iterator[Tensor]:
+def _masks(cut: _Cut, mask: Mask, wanted: Tensor, kind: Tensor) -> _Cells:
+    """The cells in the key units that are wanted, and what their tiles look like."""
+    s = cut.structure
+    row, column, _ = cut.cells
+    inside = wanted.view(-1)[cut._place()].nonzero().flatten()
+    inside = inside[cut.tile[row[inside]].argsort(stable=True)]
+    row, column, kind = row[inside], column[inside], kind[inside]
+    tile, slot = cut.tile[row], cut.slot[row]
+    place = (wanted.cumsum(1, dtype=torch.int32) - 1)[tile, column].long()
+    some = kind == SOME
+    number = some.cumsum(0) - 1
+    if int(some.sum()) * math.prod(s.block_size) > _PATTERN_BYTES:
+        return _Cells(tile, slot, place, kind, number, None, torch.zeros(len(wanted)))
+    layer, unit = row // s.num_query_blocks, row % s.num_query_blocks
+    pattern = _pairs(mask, s.block_size, s.heads, s.n, s.m, layer[some], unit[some], column[some])
+    # Tiles with equal signatures are compared before they share a mask, so collisions do no harm.
+    weight = torch.rand(math.prod(s.block_size), generator=torch.Generator().manual_seed(0))
+    look = kind.float()
+    look[some] = pattern.flatten(1).float() @ weight
+    look *= torch.sin((slot * 7919 + place).float() + 1.0)
+    signature = torch.zeros(len(wanted)).index_add_(0, tile, look)
+    return _Cells(tile, slot, place, kind, number, pattern, signature)
+
+
+def _alike(length: Tensor, signature: Tensor, budget: int) -> Iterator[Tensor]:
     """Tiles with (nearly) equally many keys, at most ``budget`` key units together; those masked alike apart."""
-    if signature is None:
-        signature = torch.zeros(len(length), dtype=torch.double)
     _, look, count = torch.unique(signature, return_inverse=True, return_counts=True)
     look[count[look] == 1] = len(count)  # one of a kind: with the others of its length
     order = look.argsort(stable=True)
