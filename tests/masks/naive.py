@@ -97,11 +97,18 @@ def swin_label(size: int, window: int, shift: int, i: int) -> tuple[int, int]:
     return rolled // window, region
 
 
+grids = (
+    st.tuples(st.integers(1, 24))
+    | st.tuples(st.integers(1, 6), st.integers(1, 6))
+    | st.tuples(st.integers(1, 4), st.integers(1, 4), st.integers(1, 4))
+)
+
+
 @st.composite
-def free_leaf(draw: st.DrawFn, n: int, m: int) -> tuple[Mask, Naive]:
+def free_leaf(draw: st.DrawFn, n: int, m: int, kinds: Sequence[str] = LEAVES) -> tuple[Mask, Naive]:
     """A leaf that fits any lengths, or is made for these."""
     small = st.integers(1, max(n, m) + 2)
-    kind = draw(st.sampled_from(LEAVES))
+    kind = draw(st.sampled_from(kinds))
     seed = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     share = draw(st.sampled_from([0.1, 0.5, 0.9]))
 
@@ -258,9 +265,7 @@ def cases(draw: st.DrawFn, depth: int = 3) -> Case:
 
 @st.composite
 def _cases(draw: st.DrawFn, depths: st.SearchStrategy[int]) -> Case:
-    grid = tuple(
-        draw(st.lists(st.integers(1, 24), min_size=1, max_size=1) | st.lists(st.integers(1, 5), min_size=2, max_size=3))
-    )
+    grid = draw(grids)
     n = math.prod(grid)
     m = n if draw(st.booleans()) else draw(st.integers(1, 24))
     leaf = free_leaf(n, m) | grid_leaf(grid) if m == n else free_leaf(n, m)

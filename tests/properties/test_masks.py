@@ -1,16 +1,17 @@
 """The laws every mask obeys, for random expressions over all leaves."""
 
+import math
 from unittest.mock import patch
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from regard.masks import ALL, NONE, SOME, Mask
-from tests.masks.naive import BATCH, HEADS, Case, cases, grid_leaf, leaves
+from tests.masks.naive import BATCH, HEADS, Case, cases, free_leaf, grid_leaf, grids, leaves
 
 block_sizes = st.tuples(st.integers(1, 11), st.integers(1, 11)) | st.integers(1, 40).map(lambda b: (b, b))
 # the builder's limits: as they are, made to refine even small matrices, and made to read off row by row
@@ -78,35 +79,59 @@ def test_rectangles_of_leaves_are_exact_anywhere(case: Case, data: st.DataObject
         assert torch.equal(every[..., 0].broadcast_to(shape), pairs.all(-1))
 
 
-@given(st.integers(1, 14), st.sampled_from([{"_LONG": 1 << 16}, {"_SHORT": 0}, {"_SHORT": 0, "_LONG": 0}]), st.data())
+@given(grids, st.sampled_from([{"_LONG": 1 << 16}, {"_SHORT": 0}, {"_SHORT": 0, "_LONG": 0}]), st.data())
 @settings(max_examples=150, deadline=None)
-def test_every_rectangle_of_a_neighborhood_axis(length: int, limits: dict[str, int], data: st.DataObject) -> None:
-    case = Case(*data.draw(grid_leaf((length,), ["neighborhood"])), length, length)
-    ranges = torch.combinations(torch.arange(length + 1))
-    (q0, q1), (k0, k1) = ranges.repeat_interleave(len(ranges), 0).T, ranges.repeat(len(ranges), 1).T
+def test_all_rectangles_of_grids_are_exact(grid: tuple[int, ...], limits: dict[str, int], data: st.DataObject) -> None:
+    kinds = ["neighborhood", "windows", "shifted_windows", "halo", "product"]
+    mask, naive = data.draw(grid_leaf(grid, kinds))
+    assume(mask.exact)
+    case = Case(mask, naive, math.prod(grid), math.prod(grid))
+    q0, q1, k0, k1 = some_rectangles(case)
     sums = torch.nn.functional.pad(case.dense()[0, 0].long().cumsum(0).cumsum(1), (1, 0, 1, 0))
     allowed = sums[q1, k1] - sums[q0, k1] - sums[q1, k0] + sums[q0, k0]
     with patch.multiple("regard.masks.neighborhood", **limits):
-        some, every = case.mask.rect(q0, q1, k0, k1)
+        some, every = mask.rect(q0, q1, k0, k1)
     assert torch.equal(some, allowed > 0)
     assert torch.equal(every, allowed == (q1 - q0) * (k1 - k0))
 
 
 @given(cases(), st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_settled_rectangles_stay_mixed(case: Case, data: st.DataObject) -> None:
-    height, width = data.draw(st.integers(1, case.n)), data.draw(st.integers(1, case.m))
-    generator = torch.Generator().manual_seed(case.n)
-    parts = []
-    for least, length in ((height, case.n), (width, case.m)):
-        ranges = torch.combinations(torch.arange(length + 1))
-        ranges = ranges[ranges.diff().flatten() >= least]
-        parts.append(ranges[torch.randint(len(ranges), (2000,), generator=generator)])
-    (q0, q1), (k0, k1) = parts[0].T, parts[1].T
-    whole = [torch.tensor([x]) for x in (0, case.n, 0, case.m)]
-    settled = case.mask.settled(*whole, torch.tensor([height]), torch.tensor([width]))
-    some, every = (x.broadcast_to(BATCH, HEADS, len(q0)) for x in case.mask.rect(q0, q1, k0, k1))
-    assert ((some & ~every).all(-1) | ~settled.broadcast_to(BATCH, HEADS, 1)[..., 0]).all()
+    check_settled(case, data)
+
+
+@given(st.integers(1, 14), st.integers(1, 14), st.data())
+@settings(max_examples=200, deadline=None)
+def test_settled_rectangles_of_periodic_leaves_stay_mixed(n: int, m: int, data: st.DataObject) -> None:
+    leaf = free_leaf(n, m, ["strided", "dilated"])
+    mask, naive = data.draw(leaf | grid_leaf((n,), ["neighborhood"]) if n == m else leaf)
+    check_settled(Case(mask, naive, n, m), data)
+
+
+def check_settled(case: Case, data: st.DataObject) -> None:
+    """Where a mask calls a rectangle settled, all its parts of the size or larger are "some, not all"."""
+    rectangles = some_rectangles(case)
+    at = data.draw(st.integers(0, rectangles.shape[1] - 1))
+    outer = rectangles[:, at : at + 1]
+    least = [data.draw(st.integers(1, int(outer[end] - outer[end - 1]))) for end in (1, 3)]
+    height, width = torch.tensor(least)[:, None]
+    settled = case.mask.settled(*outer, height, width).broadcast_to(BATCH, HEADS, 1)[..., 0]
+    q0, q1, k0, k1 = rectangles
+    parts = (q0 >= outer[0]) & (q1 <= outer[1]) & (q1 - q0 >= height)
+    parts &= (k0 >= outer[2]) & (k1 <= outer[3]) & (k1 - k0 >= width)
+    some, every = case.mask.rect(*(x[parts] for x in (q0, q1, k0, k1)))
+    mixed = (some & ~every).broadcast_to(BATCH, HEADS, int(parts.sum()))
+    assert (mixed.all(-1) | ~settled).all()
+
+
+def some_rectangles(case: Case) -> Tensor:
+    """(4, R): every rectangle of a small matrix, 20,000 of a larger one."""
+    queries, keys = (torch.combinations(torch.arange(length + 1)) for length in (case.n, case.m))
+    chosen = torch.arange(len(queries) * len(keys))
+    if len(chosen) > 20_000:
+        chosen = torch.randint(len(chosen), (20_000,), generator=torch.Generator().manual_seed(case.n))
+    return torch.cat([queries[chosen // len(keys)], keys[chosen % len(keys)]], dim=1).T
 
 
 @given(cases(), st.data())
