@@ -35,13 +35,11 @@ install: .venv/.installed  ## make .venv with everything the demo and the tests 
 
 demo: install  ## compare attention methods on SmolLM2 and write report.html (CONTEXT=2048)
 	@$(OFFLINE) $(BIN)/regard compare --model smollm2 --context $(CONTEXT) --report report.html
-	@echo "report: $(CURDIR)/report.html"
 
 study: install  ## the demo at several lengths, one report each (CONTEXTS="512 1024 2048 4096")
 	@mkdir -p reports
 	@set -e; for context in $(CONTEXTS); do \
 		$(OFFLINE) $(BIN)/regard compare --model smollm2 --context $$context --report reports/$$context.html; \
-		echo "report: $(CURDIR)/reports/$$context.html"; \
 	done
 
 test: install  ## run the tests (some of them: ARGS="tests/masks -k blocks")

@@ -23,7 +23,7 @@ def loaded_after(statements: str) -> set[str]:
         "import regard",
         "from regard import attention, catalog, masks, merge, select",
         "import regard; regard.masks.causal() & regard.masks.sliding_window(8)",
-        "from regard import apply, compare",
+        "from regard import apply",
     ],
 )
 def test_importing_needs_no_optional_package(statements: str) -> None:

@@ -197,14 +197,14 @@ def test_version_and_bare_command(run) -> None:
     assert "regard compare --model smollm2" in out
 
 
-@pytest.mark.parametrize("command", ["list", "info"])
+@pytest.mark.parametrize("command", ["compare", "list", "info"])
 def test_help_shows_examples(run, command: str) -> None:
     code, out, _ = run(command, "--help")
     assert code == 0
     assert re.search(rf"Examples\s+regard {command} \S", out)
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["info", "icl-linear-attention"], ["--help"]])
+@pytest.mark.parametrize("arguments", [["list"], ["info", "icl-linear-attention"], ["--help"], ["compare", "--help"]])
 def test_starts_without_torch(arguments: list[str]) -> None:
     script = (
         "import sys; from regard.cli.main import _run; code = _run(sys.argv[1:]); "

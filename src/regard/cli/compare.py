@@ -4,15 +4,16 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from regard.errors import ArgumentError
-from regard.study import Progress as Step
-from regard.study import compare as run
+
+if TYPE_CHECKING:
+    from regard.study import Progress as Step
 
 #: columns of output that goes to a file or pipe
 _WIDTH_WITHOUT_TERMINAL = 100
@@ -44,24 +45,25 @@ def compare(
 
     Every method and the untouched model ("dense") read the same text and go on token by token. The table shows
 
-    - **perplexity** of the text that follows, and its difference to dense
-    - **passkeys**: hidden numbers the model gives back, from the start to the end of the context
-    - **agreement** with what dense generates
-    - **KV cache**: bytes held after the prompt, and the share of dense
-    - **prefill** and **decode** time over dense, timed again in between
-    - **peak** memory beyond the model's
+    \b
+    - [bold]perplexity[/] of the text that follows, and its difference to dense
+    - [bold]passkeys[/]: hidden numbers the model gives back, from start to end of the context
+    - [bold]agreement[/] with what dense generates
+    - [bold]KV cache[/]: bytes held after the prompt, and the share of dense
+    - [bold]prefill[/] and [bold]decode[/] time over dense, timed again in between
+    - [bold]peak[/] memory beyond the model's
 
-    Examples:
-
-        regard compare --report report.html
-
-        regard compare --context 4096 --methods "h2o(budget=0.1), xkv(rank_k=0.25)"
-
-        regard compare --model ./my-model --text book.txt --dtype bfloat16 --json figures.json
+    \b
+    [bold]Examples[/]
+      regard compare --report report.html
+      regard compare --context 4096 --methods "h2o(budget=0.1), xkv(rank_k=0.25)"
+      regard compare --model ./my-model --text book.txt --json figures.json
     """
     for target in (json, report):
         if target is not None and not target.resolve().parent.is_dir():
             raise ArgumentError(f"cannot write {str(target)!r}: there is no folder {str(target.resolve().parent)!r}")
+    from regard.study import compare as run  # torch and transformers: not for `regard list`
+
     with _progress() as on_progress:
         comparison = run(
             model, methods, text=text, context=context, continuation=continuation, generate=generate,
@@ -91,7 +93,7 @@ def _progress() -> Iterator:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("loading", total=None, method="model")
 
-        def on_progress(step: Step) -> None:
+        def on_progress(step: "Step") -> None:
             nonlocal said
             bar.update(task, description=step.task, completed=step.done, total=step.total, method=step.method)
             now = f"{step.method}: {step.task}"

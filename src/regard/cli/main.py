@@ -3,12 +3,12 @@
 import os
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Annotated
 
 import typer
 
 import regard
+from regard.cli.compare import compare
 from regard.cli.info import info
 from regard.cli.list import list_systems
 from regard.errors import ArgumentError, MissingExtra, ShapeError, Unsupported
@@ -23,12 +23,9 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("compare")(compare)
 app.command("list")(list_systems)
 app.command("info")(info)
-if find_spec("regard.cli.compare"):
-    from regard.cli.compare import compare
-
-    app.command("compare")(compare)
 
 
 def _print_version(wanted: bool) -> None:
