@@ -57,7 +57,7 @@ def test_padding_goes_first():
     valid = torch.tensor([[False, False, False, True, True, True]])
     layer.begin(Step(torch.arange(6)[None], valid=valid))
     layer.update(torch.zeros(1, 2, 6, 2), torch.zeros(1, 2, 6, 2))
-    layer.observe(torch.zeros(1, 2, 6), 6)  # even where real keys received nothing
+    layer.observe(valid.logical_not().float().expand(1, 2, -1), 6)  # whatever it received
     layer.evict()
     assert layer.slots.valid.sum(-1).tolist() == [[3, 3]]
 

@@ -55,11 +55,14 @@ def batch(rows=2, length=20, pad=7, seed=1):
 
 
 def feed(model, ids, mask, cuts):
-    """Logits of the tokens fed in pieces that end at `cuts`, and the cache."""
+    """Logits of the tokens fed in pieces that end at `cuts`, and the cache; positions count real tokens."""
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
     cache, out = DynamicCache(config=model.config), []
     with torch.no_grad():
         for start, stop in zip([0, *cuts], [*cuts, ids.shape[1]], strict=True):
-            out.append(model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits)
+            piece = ids[:, start:stop]
+            call = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+            out.append(model(piece, **call, past_key_values=cache).logits)
     return torch.cat(out, dim=1), cache
 
 
@@ -106,20 +109,49 @@ def test_generation_works(name, how, method):
         assert layer.keys.shape[2] == 8
 
 
-@every_model
+@pytest.mark.parametrize(
+    ("name", "hole"),
+    # Gemma 3's own sliding windows count padding, so there a hole does make a difference
+    [(name, hole) for name in NAMES for hole in (0, 3) if not (name == "gemma3" and hole)],
+)
 @small
-def test_rows_of_a_batch_do_not_know_of_each_other(name, method):
-    """A padded row gives what it gives alone and without padding, with whatever was dropped or compressed."""
+def test_rows_of_a_batch_do_not_know_of_each_other(name, method, hole):
+    """A padded row gives what it gives alone and without padding, with whatever was dropped or compressed.
+
+    Padding may also stand in the middle, as it does where rows get a second prompt.
+    """
     model, (ids, mask) = tiny(name), batch(length=30, pad=11)
+    mask[0, 22 : 22 + hole] = 0
     cuts = [20, 21, 22, 27, 28, 29]
+    real = mask[0].bool()
     with regard.apply(model, method):
         together, cache = feed(model, ids, mask, cuts)
-        alone, cache_alone = feed(model, ids[:1, 11:], mask[:1, 11:], [c - 11 for c in cuts])
-    torch.testing.assert_close(together[:1, 11:], alone, **CLOSE)
+        alone, cache_alone = feed(model, ids[:1, real], mask[:1, real], [int(real[:cut].sum()) for cut in cuts])
+    torch.testing.assert_close(together[:1, real], alone, **CLOSE)
     layer, layer_alone = cache.layers[1], cache_alone.layers[1]
     if not isinstance(method, XKV):
         torch.testing.assert_close(layer.values[:1], layer_alone.values, **CLOSE)
-        assert torch.equal(layer.slots.positions[:1] - 11, layer_alone.slots.positions)
+        assert torch.equal(layer.slots.positions[:1], layer_alone.slots.positions)
+
+
+def test_heads_may_count_slots_differently():
+    """Rotation to slots where padding stands elsewhere in each key-value head, shared by pairs of query heads."""
+    model, seen = tiny("llama"), []
+
+    class Rotated(StreamingLLM):
+        def qkv(self, call):
+            call.layer.slots.valid = torch.tensor([[[True] * 4, [False, True, False, True]]])
+            raw = call.site.rotary.unrotate(call.query, call.step.positions)
+            super().qkv(call)
+            at = call.site.rotary.rotate
+            key_slots = torch.tensor([[[0, 1, 2, 3], [0, 0, 0, 1]]])
+            torch.testing.assert_close(call.key, at(call.layer.keys, key_slots), **CLOSE)
+            torch.testing.assert_close(call.query, at(raw, key_slots.repeat_interleave(2, dim=1)), **CLOSE)
+            seen.append(call.site.index)
+
+    with regard.apply(model, Rotated()), torch.no_grad():
+        model(torch.tensor([[5, 6, 7, 8]]))
+    assert seen == [0, 1, 2]
 
 
 @small

@@ -33,7 +33,7 @@ def heavy_hitters(scores: Tensor, hh_size: int, recent_size: int) -> Tensor:
 class HeavyHitterLayer(TrackedLayer):
     """The keys and values of each head's own heavy hitters and of the last `recent_size` tokens.
 
-    In a padded batch padding goes first.
+    In a padded batch each row keeps its own recent real tokens, and padding only as long as there is room for it.
 
     Args:
         hh_size, recent_size: how many of either, per key-value head; may be changed at any time.
@@ -66,9 +66,13 @@ class HeavyHitterLayer(TrackedLayer):
         worth = self.scores
         if self.observations is not None:
             worth = worth / self.observations.clamp_min(1)
-        if self.slots.valid is not None:
-            worth = worth.masked_fill(~self.slots.valid, -torch.inf)
-        self.keep(heavy_hitters(worth, self.hh_size, self.recent_size))
+        valid = self.slots.valid
+        if valid is None:
+            self.keep(heavy_hitters(worth, self.hh_size, self.recent_size))
+        else:  # the same number of slots for each row: its own recent tokens first, padding last
+            recent = valid & (valid.flip(-1).cumsum(-1).flip(-1) <= self.recent_size)
+            worth = worth.masked_fill(~valid, -torch.inf).masked_fill(recent, torch.inf)
+            self.keep(heavy_hitters(worth, self.hh_size + self.recent_size, 0))
 
     def keep(self, index: Tensor) -> None:
         super().keep(index)
