@@ -112,7 +112,7 @@ def test_argument_help_reads_args_sections() -> None:
         Args:
             size (int): how large,
                 in tokens: a number.
-            rate: how fast.
+            rate, decay: how fast.
 
         Returns:
             other: not an argument.
@@ -122,6 +122,7 @@ def test_argument_help_reads_args_sections() -> None:
         "layers": "which layers.",
         "size": "how large, in tokens: a number.",
         "rate": "how fast.",
+        "decay": "how fast.",
     }
     assert argument_help(len) == {}
 

@@ -75,6 +75,7 @@ def argument_help(implementation: Any) -> dict[str, str]:
         section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE)
         if section is None:
             continue
-        for name, text in re.findall(r"^ {4}(\w+).*?: (.*(?:\n {8}.*)*)", section[1], re.MULTILINE):
-            found[name] = " ".join(text.split())
+        entry = r"^ {4}(\w+(?:, \w+)*)(?: \(.*?\))?: (.*(?:\n {8}.*)*)"  # "name: text" or "one, two (type): text"
+        for names, text in re.findall(entry, section[1], re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found
