@@ -38,9 +38,9 @@ NAMES = [name for name in _FAMILIES if name != "mistral-sliding"]
 
 
 def tiny(name: str, seed: int = 0, **changes: Any) -> Any:
-    """A random causal language model of family `name` in eval mode, the same for the same seed; `changes` go to its config.
+    """A random causal language model of family `name` in eval mode, the same for the same seed.
 
-    `mistral-sliding` is Mistral with a sliding window in every layer.
+    `changes` go to its config. `mistral-sliding` is Mistral with a sliding window in every layer.
     """
     model_type = {"gemma3": "gemma3_text", "mistral-sliding": "mistral"}.get(name, name)
     config = CONFIG_MAPPING[model_type](**{**_COMMON, **_FAMILIES[name], **changes})

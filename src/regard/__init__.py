@@ -20,7 +20,17 @@ _EXPORTS = {
     "catalog": "regard.catalog",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "Partial",
+    "__version__",
+    "apply",
+    "attention",
+    "catalog",
+    "compare",
+    "masks",
+    "merge",
+    "select",
+]
 
 if TYPE_CHECKING:
     from regard import attention, catalog, masks, select

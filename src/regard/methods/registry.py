@@ -4,6 +4,7 @@ import ast
 import difflib
 from dataclasses import MISSING, fields
 from importlib import import_module
+from typing import Any
 
 from regard.errors import ArgumentError
 from regard.sites import Method
@@ -39,7 +40,7 @@ def get(name: str) -> type[Method]:
     return getattr(import_module(module), attribute)
 
 
-def create(name: str, **arguments: object) -> Method:
+def create(name: str, **arguments: Any) -> Method:
     """Build the method called `name`; unknown arguments are refused with the list of known ones."""
     cls = get(name)
     known = {f.name: f for f in fields(cls) if f.init}
