@@ -32,6 +32,7 @@ from regard.methods.language.dhsa import (
     uniform_boundaries,
 )
 from regard.methods.language.dhsa.boundaries import key_features
+from regard.methods.language.dhsa.train import Example, boundary_f1, examples, train_predictor
 from regard.methods.language.sliding_window import SlidingWindow
 from tests.tiny_models import NAMES, tiny
 
@@ -40,6 +41,10 @@ def qkv(n: int, heads: int = 4, kv_heads: int = 2, batch: int = 2, seed: int = 0
     g = torch.Generator().manual_seed(seed)
     shapes = [(batch, h, n, 6) for h in (heads, kv_heads, kv_heads)]
     return tuple(torch.randn(s, generator=g) for s in shapes)  # type: ignore[return-value]
+
+
+def cuts(length: int, *inner: int) -> list[int]:
+    return [0, *inner, length]
 
 
 # --- predictors -----------------------------------------------------------------------------------------------------
@@ -115,19 +120,14 @@ def test_predictors_learn_where_content_changes() -> None:
         loss.backward()
         optimizer.step()
 
-    def f1(found: list[int], true: list[int]) -> float:
-        hit = sum(any(abs(f - t) <= 2 for t in true) for f in found) / max(1, len(found))
-        recalled = sum(any(abs(f - t) <= 2 for f in found) for t in true) / len(true)
-        return 2 * hit * recalled / max(1e-9, hit + recalled)
-
     predictor.eval()
     learnt, uniform = [], []
     for _ in range(10):
         x, starts = document()
         key = x.mT[:, None]
         (cut,), _ = predict_boundaries(predictor, key, num_chunks=len(starts), nms_window_size=8)
-        learnt.append(f1(cut[1:-1], starts))
-        uniform.append(f1(uniform_boundaries(300, 300 // (len(starts) + 1))[1:-1], starts))
+        learnt.append(boundary_f1(cut, cuts(300, *starts)))
+        uniform.append(boundary_f1(uniform_boundaries(300, 300 // (len(starts) + 1)), cuts(300, *starts)))
     assert sum(learnt) / 10 > 0.8
     assert sum(uniform) / 10 < 0.4
 
@@ -209,11 +209,57 @@ def test_label_boundaries_find_where_attention_changes() -> None:
     assert found == [0, 20, 35, 60]
 
 
+# --- training on a model's own attention ----------------------------------------------------------------------------
+
+
+def test_examples_are_what_the_model_attends_to() -> None:
+    model, texts = tiny("llama"), [ids(40, batch=1), ids(25, batch=1)]
+    found = examples(model, texts, window_size=3, layers=[0, 2])
+    assert [tuple(e.features.shape) for e in found] == [(1, 16, 40)] * 2 + [(1, 16, 25)] * 2
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        a = model(texts[0], output_attentions=True).attentions[2][0].mean(0)
+    past, future = float(a[20 + 3 :, 18:21].sum()), float(a[20 + 3 :, 21:24].sum())
+    want = (max(past, future) + 1e-6) / (min(past, future) + 1e-6)
+    assert float(found[1].ratio[0, 20]) == pytest.approx(want, rel=1e-4)
+
+
+def test_training_fits_the_labels() -> None:
+    data = examples(tiny("llama"), [ids(60, batch=1)], layers=[0])
+    torch.manual_seed(0)
+    losses: list[float] = []
+    predictor = train_predictor(
+        BoundarySimilarityAttn(16, 4, d_h=16, heads=2),
+        data,
+        epochs=150,
+        lr=5e-3,
+        alpha=20.0,
+        progress=lambda epoch, loss: losses.append(loss),
+    )
+    assert losses[-1] < losses[0]
+    labelled = data[0].ratio > 0
+    fitted, wanted = predictor(data[0].features)[labelled], data[0].ratio[labelled].log()
+    assert torch.corrcoef(torch.stack((fitted, wanted)))[0, 1] > 0.8
+    assert not predictor.training
+    with pytest.raises(ArgumentError, match="at least one example"):
+        train_predictor(predictor, [])
+
+
+def test_boundary_f1() -> None:
+    assert boundary_f1([0, 10, 20, 40], [0, 12, 20, 40]) == 1.0
+    assert boundary_f1([0, 10, 20, 40], [0, 12, 30, 40]) == 0.5
+    assert boundary_f1([0, 40], [0, 12, 40]) == 0.0
+
+
+def test_positions_without_a_label_do_not_count() -> None:
+    example = Example(torch.randn(1, 16, 20), torch.zeros(1, 20))
+    predictor = BoundarySimilarityAttn(16, 4, d_h=4, heads=2)
+    before = [p.clone() for p in predictor.parameters()]
+    train_predictor(predictor, [example])
+    assert all(torch.equal(a, b) for a, b in zip(before, predictor.parameters(), strict=True))
+
+
 # --- the choice and the attention -----------------------------------------------------------------------------------
-
-
-def cuts(length: int, *inner: int) -> list[int]:
-    return [0, *inner, length]
 
 
 @pytest.mark.parametrize("pooling", ["avgpool", "avgpool_norm", "maxpool"])
@@ -333,7 +379,6 @@ SMALL: dict[str, Any] = {
     "local_tokens": 8,
     "instruction_tokens": 6,
     "chunk_size": 4,
-    "predictor": "uniform",
 }
 
 

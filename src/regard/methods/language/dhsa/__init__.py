@@ -22,6 +22,7 @@ from regard.methods.language.dhsa.predictor import (
     BoundarySimilarityAttn,
     BoundarySimilarityStack,
 )
+from regard.methods.language.dhsa.train import examples, train_predictor
 from regard.methods.language.dhsa.weights import load_predictor, save_predictor
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "a_shape_blocks",
     "choose_keys",
     "dhsa_attention",
+    "examples",
     "focal_bce",
     "label_boundaries",
     "load_predictor",
@@ -43,6 +45,7 @@ __all__ = [
     "select_boundaries",
     "soft_label",
     "topk_blocks",
+    "train_predictor",
     "uniform_boundaries",
     "vertical_slash_blocks",
     "vertical_slash_blocks_coarse",

@@ -12,7 +12,7 @@ from regard.errors import ArgumentError, Unsupported
 from regard.methods.language.dhsa.attention import DHSAConfig, attend_blocks, pairs
 from regard.methods.language.dhsa.boundaries import predict_boundaries, uniform_boundaries
 from regard.methods.language.dhsa.predictor import BoundaryPredictor
-from regard.methods.language.dhsa.weights import load_predictor, shipped_for
+from regard.methods.language.dhsa.weights import load_predictor
 from regard.sites import Call, Method, Site
 
 
@@ -35,9 +35,10 @@ class DHSA(Method):
         local_tokens: latest keys that every block sees, counted from the block's end.
         instruction_tokens: last queries of the prompt, which attend to everything.
         chunk_size: mean number of tokens per chunk of keys.
-        predictor: what cuts the chunks: "uniform" cuts equal lengths; a predictor module, or the path of one saved by
-            `save_predictor`, cuts where it sees the content change; None takes the predictor trained for this model
-            if there is one, else "uniform".
+        predictor: what cuts the chunks, a boundary predictor or the path of one saved by `save_predictor`; by default
+            chunks have equal lengths. The authors publish no weights, and on SmolLM2 even the boundaries the model's
+            own attention labels (`label_boundaries`) read no better than equal chunks, so none ships with regard;
+            `train_predictor` makes one.
         nms_window_size: least distance between predicted boundaries, exclusive.
         share_boundaries: cut chunks in the first layer only and use them in all; else every layer cuts its own.
         dedupe: attend to every key once; False reproduces the published lists, see `DHSAConfig`.
@@ -66,14 +67,7 @@ class DHSA(Method):
     def prepare(self, model: nn.Module, sites: list[Site]) -> None:
         self._first = min((site.index for site in sites if self.acts_on(site)), default=None)
         self._boundaries: list[list[int]] = []
-        predictor = self.predictor
-        if predictor is None:
-            predictor = shipped_for(model)
-        elif predictor == "uniform":
-            predictor = None
-        elif isinstance(predictor, str):
-            predictor = load_predictor(predictor)
-        self._predictor = predictor
+        self._predictor = load_predictor(self.predictor) if isinstance(self.predictor, str) else self.predictor
 
     def attend(self, call: Call) -> Tensor:
         length = call.query.shape[2]

@@ -1,11 +1,10 @@
-"""Boundary predictors as files, and the one that ships with regard."""
+"""Boundary predictors as files."""
 
 import json
 from pathlib import Path
 
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from regard.errors import ArgumentError
 from regard.methods.language.dhsa.predictor import (
@@ -44,8 +43,3 @@ def load_predictor(path: str | Path) -> BoundaryPredictor:
         raise ArgumentError(f"predictor: cannot read {str(path)!r} as a saved boundary predictor: {error}") from error
     predictor.load_state_dict(state)
     return predictor.eval().requires_grad_(False)
-
-
-def shipped_for(model: nn.Module) -> BoundaryPredictor | None:
-    """The predictor that was trained for this model, if one ships with regard."""
-    return None
