@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from regard.methods.language.dhsa import (
 from regard.methods.language.dhsa.boundaries import key_features
 from regard.methods.language.dhsa.train import Example, boundary_f1, examples, train_predictor
 from regard.methods.language.sliding_window import SlidingWindow
+from regard.sites import Call, Method
 from tests.tiny_models import NAMES, tiny
 
 
@@ -416,6 +418,30 @@ def test_one_sparse_layer_leaves_the_instruction_dense() -> None:
         sparse = model(x).logits
     torch.testing.assert_close(sparse[:, -6:], dense[:, -6:], atol=1e-5, rtol=1e-5)
     assert (sparse - dense)[:, 30:69].abs().max() > 1e-3
+
+
+@dataclass(kw_only=True)
+class Seen(Method):
+    """Mixes one column per key along with the values: what comes out are the weights."""
+
+    weights: list[Tensor] = field(default_factory=list)
+
+    def qkv(self, call: Call) -> None:
+        call.probe = torch.eye(call.key.shape[2])[None, None]
+
+    def after(self, call: Call) -> None:
+        self.weights.append(call.extra["probe"])
+
+
+@torch.no_grad()
+def test_probes_see_the_chosen_keys() -> None:
+    model, x, seen = tiny("llama"), ids(75), Seen()
+    with regard.apply(model, [DHSA(**SMALL, budget=20), seen]):
+        model(x)
+    (weights, *_) = seen.weights
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 75))
+    assert (weights[:, :, :69] > 0).sum(-1).max() == 20
+    assert (weights[:, :, -1] > 0).all()
 
 
 @torch.no_grad()

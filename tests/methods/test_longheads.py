@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from regard.methods.language.longheads import (
 )
 from regard.methods.language.power_attention import PowerAttention
 from regard.positions import rotate
-from regard.sites import Rotary
+from regard.sites import Call, Method, Rotary
 from tests.tiny_models import NAMES, tiny
 
 W, N_CHUNKS = 8, 4
@@ -240,6 +241,32 @@ def test_model_computes_the_function_of_its_projections() -> None:
     chunk_key = chunk_features(q[:, :, whole], k[:, :, whole], v[:, :, whole], rotary, W)[1]
     want = longheads_attention(q, k, v, chunk_key, rotary, WITH_SELF)
     torch.testing.assert_close(seen["out"], want.transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-5)
+
+
+@dataclass(kw_only=True)
+class Seen(Method):
+    """Mixes one column per key along with the values: what comes out are the weights."""
+
+    weights: list[Tensor] = field(default_factory=list)
+
+    def qkv(self, call: Call) -> None:
+        call.probe = torch.eye(call.key.shape[2])[None, None]
+
+    def after(self, call: Call) -> None:
+        self.weights.append(call.extra["probe"])
+
+
+@torch.no_grad()
+def test_probes_see_the_chosen_keys() -> None:
+    model, x, seen = tiny("llama"), ids(70), Seen()
+    with regard.apply(model, LongHeads(**SMALL)):
+        want = model(x).logits
+    with regard.apply(model, [LongHeads(**SMALL), seen]):
+        torch.testing.assert_close(model(x).logits, want, atol=1e-5, rtol=1e-5)
+    (weights, *_) = seen.weights
+    assert weights.shape == (2, 4, 70, 70)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 70))
+    assert (weights > 0).sum(-1).max() == W * N_CHUNKS
 
 
 @torch.no_grad()
