@@ -187,7 +187,7 @@ class _Blocks(torch.autograd.Function):
         outs, lses = _Units(out, side, spare), _Units(lse, side, spare, torch.inf)
         grad_outs = _Units(torch.zeros_like(out) if grad_out is None else grad_out, side, spare)
         grad_lses = None if grad_lse is None else _Units(grad_lse, side, spare)
-        dq = _Units(q.new_zeros(q.shape), side, spare)
+        dq = _Units(q.new_zeros(q.shape, dtype=lse.dtype), side, spare)
         dk, dv = (_Units(x.new_zeros(x.shape, dtype=lse.dtype), work.side[1]) for x in (k, v))
         dbias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[3] else None
         for batch in work.batches:
@@ -213,11 +213,11 @@ class _Blocks(torch.autograd.Function):
                 else:
                     dq_tile, dk_tile, dv_tile, ds = tile.backward_with_scores(*arguments)
                     _add_bias_gradient(dbias, ds, visit, work, layout)
-                dq.put(*rows, dq_tile)
+                (dq.add if batch.joins else dq.put)(*rows, dq_tile.to(lse.dtype))
                 dk.add(*columns, _ungroup(dk_tile).to(lse.dtype))
                 dv.add(*columns, _ungroup(dv_tile).to(lse.dtype))
         bias_grad = None if dbias is None else dbias.to(bias.dtype)
-        return dq.whole(), dk.whole().to(k.dtype), dv.whole().to(v.dtype), bias_grad, None, None, None
+        return dq.whole().to(q.dtype), dk.whole().to(k.dtype), dv.whole().to(v.dtype), bias_grad, None, None, None
 
 
 def _cut(q: Tensor, k: Tensor, v: Tensor, work: Plan) -> tuple[_Units, _Units, _Units]:
