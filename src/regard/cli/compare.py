@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from regard.errors import ArgumentError
+from regard.errors import ArgumentError, require
 
 if TYPE_CHECKING:
     from regard.study import Progress as Step
@@ -31,9 +31,9 @@ def compare(
         Path | None, typer.Option(help="A UTF-8 text file to read; English prose that comes with Python if left out.")
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens to read before anything is measured.")] = 2048,
-    continuation: Annotated[int, typer.Option(help="Tokens of the text after that, for the perplexity.")] = 64,
+    continuation: Annotated[int, typer.Option(help="Tokens of the text after that, for the perplexity.")] = 96,
     generate: Annotated[int, typer.Option(help="Tokens dense generates, for the agreement with it.")] = 64,
-    passkeys: Annotated[int, typer.Option(help="Numbers hidden in the text and asked for; 0 for none.")] = 6,
+    passkeys: Annotated[int, typer.Option(help="Numbers hidden in the text and asked for; 0 for none.")] = 8,
     repeats: Annotated[int, typer.Option(help="Times to take each time; more are steadier.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
@@ -59,9 +59,7 @@ def compare(
       regard compare --context 4096 --methods "h2o(budget=0.1), xkv(rank_k=0.25)"
       regard compare --model ./my-model --text book.txt --json figures.json
     """
-    for target in (json, report):
-        if target is not None and not target.resolve().parent.is_dir():
-            raise ArgumentError(f"cannot write {str(target)!r}: there is no folder {str(target.resolve().parent)!r}")
+    _check_writable(json, report)
     from regard.study import compare as run  # torch and transformers: not for `regard list`
 
     with _progress() as on_progress:
@@ -79,6 +77,19 @@ def compare(
     if report is not None:
         comparison.report(report)
         print(f"report: {report}")
+
+
+def _check_writable(json: Path | None, report: Path | None) -> None:
+    """Refuse now what would fail after minutes of measuring."""
+    for target in (json, report):
+        if target is None:
+            continue
+        if target.is_dir():
+            raise ArgumentError(f"cannot write {str(target)!r}: it is a folder")
+        if not target.resolve().parent.is_dir():
+            raise ArgumentError(f"cannot write {str(target)!r}: there is no folder {str(target.resolve().parent)!r}")
+    if report is not None:
+        require("jinja2", "write reports")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """The measurements of a comparison, method by method."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from statistics import fmean, median
@@ -72,6 +73,14 @@ class Experiment:
 
     def run(self, methods: Sequence[Method]) -> tuple[list[Result], Clock]:
         """Dense first, then every method, with dense timed again after each."""
+        gc.collect()
+        gc.freeze()  # the meters collect garbage often; what is there now need not be looked through every time
+        try:
+            return self._run(methods)
+        finally:
+            gc.unfreeze()
+
+    def _run(self, methods: Sequence[Method]) -> tuple[list[Result], Clock]:
         self._plan = Plan(self._units(len(methods)), self._on_progress)
         results = [Result(DENSE, DENSE), *(_result(method) for method in methods)]
         self._plan.stage(DENSE, "warm-up", self._units_of_check(len(methods)))
@@ -86,6 +95,7 @@ class Experiment:
                     self._recall([method], result)
                 except Unsupported as error:
                     result.error = str(error)
+        self._plan.stage(DENSE, "done", 0)
         _refer_to_dense(results, clock)
         return results, clock
 

@@ -42,7 +42,7 @@ def load(
         with _quiet(transformers):
             network = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **where)
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the loaders raise whatever a broken file leads to
         raise ArgumentError(f"model: cannot load {str(model)!r}: {_first_line(error)}") from error
     return network.eval().to(target), tokenizer
 

@@ -7,11 +7,11 @@ import zlib
 from collections.abc import Sequence
 
 #: from nothing over little to all of the mass; dark to light, so that it reads on light and dark pages alike
-_ANCHORS = ((13, 17, 33), (38, 24, 92), (99, 26, 128), (170, 48, 116), (229, 89, 83), (252, 160, 80), (252, 244, 190))
+_ANCHORS = ((48, 18, 104), (99, 26, 128), (170, 48, 116), (229, 89, 83), (252, 160, 80), (252, 244, 190))
 _LEVELS = 255
 #: mass that is shown as the darkest colour above nothing; colours are logarithmic from here to 1
 SMALLEST = 1e-4
-NOTHING = (24, 28, 40)  # exactly zero: not attended to, or not there any more
+NOTHING = (30, 34, 44)  # exactly zero: not attended to, or not there any more
 
 
 def data_uri(rows: Sequence[Sequence[float]]) -> str:

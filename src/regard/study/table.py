@@ -17,10 +17,10 @@ _COLUMNS: tuple[tuple[str, Callable[[Result, Result], tuple[str, str]]], ...] = 
     ),
     ("passkeys", lambda r, dense: (words.recalled(r), "".join("●" if recall.correct else "·" for recall in r.recalls))),
     ("agreement", lambda r, dense: (words.percent(r.agreement), "")),
-    ("KV cache", lambda r, dense: (words.mebibytes(r.cache_bytes), words.share(r.cache_bytes, dense.cache_bytes))),
+    ("KV cache", lambda r, dense: (words.size(r.cache_bytes), words.share(r.cache_bytes, dense.cache_bytes))),
     ("prefill", lambda r, dense: (words.ratio(r.prefill_ratio), "")),
     ("decode", lambda r, dense: (words.ratio(r.decode_ratio), "")),
-    ("peak", lambda r, dense: (words.mebibytes(r.peak_bytes), "")),
+    ("peak", lambda r, dense: (words.size(r.peak_bytes), "")),
 )
 
 

@@ -26,8 +26,11 @@ def ratio(value: float | None) -> str:
     return MISSING if value is None else f"{value:.2f}×"
 
 
-def mebibytes(value: float | None) -> str:
-    return MISSING if value is None else f"{value / _MIB:,.1f} MiB"
+def size(value: float | None) -> str:
+    """Bytes, in MiB or, where that would be less than one, in KiB."""
+    if value is None:
+        return MISSING
+    return f"{value / _MIB:,.1f} MiB" if value >= _MIB else f"{value / 2**10:,.1f} KiB"
 
 
 def share(part: float | None, whole: float | None) -> str:

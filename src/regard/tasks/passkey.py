@@ -1,9 +1,9 @@
 """Passkey retrieval: numbers hidden at several depths of a long text, asked for one after the other.
 
-The format was chosen by trying: with real prose around them, SmolLM2-135M-Instruct recalls all of eight four-digit
-keys in 2048 tokens when each has a name of its own kind, is stated twice, and is asked for in a question that starts
-its own answer. (Keys told apart by one word, "the pass key for Oslo", it confuses.) One reading of the text serves
-all questions.
+The format was chosen by trying: with real prose around them, SmolLM2-135M-Instruct gives back more than nine in ten
+four-digit keys in 2048 tokens when each has a name of its own kind, is stated twice, and is asked for in a question
+that starts its own answer. (Keys that differ in one word, "the pass key for Oslo", it confuses.) One reading of the
+text serves all questions.
 """
 
 import random
