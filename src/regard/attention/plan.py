@@ -198,25 +198,23 @@ class _Cut:
         if s.m % bk:  # the last unit reaches beyond the last key
             kind = torch.where(column == s.num_key_blocks - 1, SOME, kind)
         visible = torch.zeros(self.needed.numel(), dtype=torch.int16)
-        visible.index_add_(
-            0, self._place()[kind == ALL], torch.ones(1, dtype=torch.int16).expand(int((kind == ALL).sum()))
-        )
+        seen = self._place()[kind == ALL]
+        visible.index_add_(0, seen, visible.new_ones(1).expand(len(seen)))
         whole = visible.view(self.needed.shape) == self.rows
-        split = (2 * whole.sum(1) >= self.needed.sum(1)) & (whole != self.needed).any(1)
-        whole &= split[:, None]
+        mostly = 2 * whole.sum(1) >= self.needed.sum(1)
+        whole &= mostly[:, None]
         rest = self.needed & ~whole
         cells = _masks(self, mask, rest, kind)
         budget = _PAIRS * torch.get_num_threads() // (self.rows * bq * bk * groups)
-        batches = []
-        for wanted, joins in ((whole, False), (rest & ~split[:, None], False), (rest & split[:, None], True)):
-            for tiles in _alike(wanted.sum(1), cells.signature, budget):
-                batches.append(
-                    _to(self._batch(tiles, wanted[tiles], cells if wanted is not whole else None, joins), device)
-                )
+        # only masked tiles can be padded
+        batches = [self._batch(tiles, whole[tiles], None, False) for tiles in _alike(whole.sum(1), None, 1.0, budget)]
+        for wanted, joins in ((rest & ~mostly[:, None], False), (rest & mostly[:, None], True)):
+            for tiles in _alike(wanted.sum(1), cells.signature, _SLACK, budget):
+                batches.append(self._batch(tiles, wanted[tiles], cells, joins))
         computed = sum(batch.keys.numel() for batch in batches) * self.rows * bq * bk
         return Plan(
             s.block_size,
-            tuple(batches),
+            tuple(_to(batch, device) for batch in batches),
             (s.batch, s.heads),
             s.num_query_blocks % self.span != 0,
             computed / (s.n * s.m * s.batch * s.heads),
@@ -298,8 +296,10 @@ def _masks(cut: _Cut, mask: Mask, wanted: Tensor, kind: Tensor) -> _Cells:
     return _Cells(tile, slot, place, kind, number, pattern, signature)
 
 
-def _alike(length: Tensor, signature: Tensor, budget: int) -> Iterator[Tensor]:
-    """Tiles with (nearly) equally many keys, at most ``budget`` key units together; those masked alike apart."""
+def _alike(length: Tensor, signature: Tensor | None, slack: float, budget: int) -> Iterator[Tensor]:
+    """Tiles whose numbers of key units differ at most by ``slack``, ``budget`` in all; those masked alike apart."""
+    if signature is None:
+        signature = torch.zeros(len(length))
     _, look, count = torch.unique(signature, return_inverse=True, return_counts=True)
     look[count[look] == 1] = len(count)  # one of a kind: with the others of its length
     order = look.argsort(stable=True)
@@ -311,7 +311,7 @@ def _alike(length: Tensor, signature: Tensor, budget: int) -> Iterator[Tensor]:
         if (
             end == len(lengths)
             or (looks[end] != looks[begin])
-            or lengths[end] > lengths[begin] * _SLACK
+            or lengths[end] > lengths[begin] * slack
             or (end + 1 - begin) * lengths[end] > budget
         ):
             yield order[begin:end]
