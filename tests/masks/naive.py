@@ -224,8 +224,8 @@ def grid_leaf(draw: st.DrawFn, grid: tuple[int, ...], kinds: Sequence[str] = GRI
             ids = [sorted(draw(st.lists(st.integers(0, 5), min_size=n, max_size=n))) for _ in range(BATCH)]
             return masks.documents(ids=torch.tensor(ids)), lambda b, h, q, k: ids[b][q] == ids[b][k]
         case "neighborhood":
-            window = tuple(draw(st.integers(1, size)) for size in grid)
-            dilation = tuple(draw(st.integers(1, size // w)) for size, w in zip(grid, window, strict=True))
+            dilation = tuple(draw(st.integers(1, min(size, 4))) for size in grid)
+            window = tuple(draw(st.integers(1, size // gap)) for size, gap in zip(grid, dilation, strict=True))
             stride = tuple(draw(st.integers(1, w)) for w in window)
             causal = tuple(draw(st.booleans()) for _ in axes)
             each_axis = zip(grid, window, dilation, stride, causal, strict=True)

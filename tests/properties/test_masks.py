@@ -95,34 +95,32 @@ def test_all_rectangles_of_grids_are_exact(grid: tuple[int, ...], limits: dict[s
     assert torch.equal(every, allowed == (q1 - q0) * (k1 - k0))
 
 
-@given(cases(), st.data())
-@settings(max_examples=150, deadline=None)
-def test_settled_rectangles_stay_mixed(case: Case, data: st.DataObject) -> None:
-    check_settled(case, data)
+@given(cases(), st.integers(0, 999))
+@settings(max_examples=100, deadline=None)
+def test_settled_rectangles_stay_mixed(case: Case, seed: int) -> None:
+    check_settled(case, seed)
 
 
-@given(st.integers(1, 14), st.integers(1, 14), st.data())
+@given(st.integers(1, 16), st.integers(0, 999), st.data())
 @settings(max_examples=200, deadline=None)
-def test_settled_rectangles_of_periodic_leaves_stay_mixed(n: int, m: int, data: st.DataObject) -> None:
-    leaf = free_leaf(n, m, ["strided", "dilated"])
-    mask, naive = data.draw(leaf | grid_leaf((n,), ["neighborhood"]) if n == m else leaf)
-    check_settled(Case(mask, naive, n, m), data)
+def test_settled_rectangles_of_periodic_leaves_stay_mixed(n: int, seed: int, data: st.DataObject) -> None:
+    mask, naive = data.draw(free_leaf(n, n, ["strided", "dilated"]) | grid_leaf((n,), ["neighborhood"]))
+    check_settled(Case(mask, naive, n, n), seed)
 
 
-def check_settled(case: Case, data: st.DataObject) -> None:
+def check_settled(case: Case, seed: int) -> None:
     """Where a mask calls a rectangle settled, all its parts of the size or larger are "some, not all"."""
-    rectangles = some_rectangles(case)
-    at = data.draw(st.integers(0, rectangles.shape[1] - 1))
-    outer = rectangles[:, at : at + 1]
-    least = [data.draw(st.integers(1, int(outer[end] - outer[end - 1]))) for end in (1, 3)]
-    height, width = torch.tensor(least)[:, None]
-    settled = case.mask.settled(*outer, height, width).broadcast_to(BATCH, HEADS, 1)[..., 0]
-    q0, q1, k0, k1 = rectangles
-    parts = (q0 >= outer[0]) & (q1 <= outer[1]) & (q1 - q0 >= height)
-    parts &= (k0 >= outer[2]) & (k1 <= outer[3]) & (k1 - k0 >= width)
-    some, every = case.mask.rect(*(x[parts] for x in (q0, q1, k0, k1)))
-    mixed = (some & ~every).broadcast_to(BATCH, HEADS, int(parts.sum()))
-    assert (mixed.all(-1) | ~settled).all()
+    generator = torch.Generator().manual_seed(seed)
+    q0, q1, k0, k1 = parts = some_rectangles(case)
+    outer = parts[:, torch.randint(parts.shape[1], (300,), generator=generator)]
+    share = torch.rand(2, 300, generator=generator)
+    height, width = ((outer[1::2] - outer[0::2]) * share).long() + 1
+    within = (q0 >= outer[0, :, None]) & (q1 <= outer[1, :, None]) & (q1 - q0 >= height[:, None])
+    within &= (k0 >= outer[2, :, None]) & (k1 <= outer[3, :, None]) & (k1 - k0 >= width[:, None])
+    settled = case.mask.settled(*outer, height, width).broadcast_to(BATCH, HEADS, 300)
+    some, every = case.mask.rect(*parts)
+    decided = (every | ~some).broadcast_to(BATCH, HEADS, parts.shape[1])
+    assert not (settled & (decided.float() @ within.float().T > 0)).any()
 
 
 def some_rectangles(case: Case) -> Tensor:
