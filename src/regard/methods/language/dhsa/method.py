@@ -38,7 +38,7 @@ class DHSA(Method):
         predictor: what cuts the chunks, a boundary predictor or the path of one saved by `save_predictor`; by default
             chunks have equal lengths. The authors publish no weights, and on SmolLM2 even the boundaries the model's
             own attention labels (`label_boundaries`) read no better than equal chunks, so none ships with regard;
-            `train_predictor` makes one.
+            `train_predictor` makes one (benchmarks/dhsa_boundaries.py does, and shows the comparison).
         nms_window_size: least distance between predicted boundaries, exclusive.
         share_boundaries: cut chunks in the first layer only and use them in all; else every layer cuts its own.
         dedupe: attend to every key once; False reproduces the published lists, see `DHSAConfig`.
