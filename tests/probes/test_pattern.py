@@ -67,6 +67,12 @@ def test_decoded_rows_equal_eager_attention(name):
     [
         "sliding-window(window_size=9)",
         "power-attention(block_size=2)",
+        "streaming-llm(start_size=2, recent_size=12)",
+        "h2o(budget=0.4)",
+        "h2o(budget=0.4, positions='slot')",
+        "xkv(rank=4, group_size=3)",
+        "longheads(window_size=4, atten_length=16)",
+        "dhsa(budget=0.4, block_size=4, global_tokens=2, local_tokens=4, instruction_tokens=4, chunk_size=4)",
     ],
 )
 def test_rows_sum_to_one_under_a_method(method):
@@ -89,6 +95,32 @@ def test_shows_what_a_window_hides():
     far = torch.ones(8, 8).tril(-2).bool()
     assert mass[far].max() == 0
     assert mass.diagonal().min() > 0
+
+
+def test_shows_what_a_cache_dropped():
+    model, ids = tiny("llama"), tokens(length=65)
+    probe = PatternProbe(bins=64)
+    with regard.apply(model, [*parse("streaming-llm(start_size=2, recent_size=10)"), probe]):
+        run(model, ids, new=1)
+    for pattern in probe.patterns.values():
+        assert (pattern.prompt[0, :, -1, :-1] > 0).all()  # the prompt still attends to everything
+        (row,) = pattern.decoded
+        held = {*range(2), *range(54, 64), 64}
+        assert {b for b in range(65) if row[0, :, b].min() > 0} == held
+        assert row[0].sum() == pytest.approx(4, abs=1e-4)
+
+
+def test_every_head_shows_its_own_heavy_hitters():
+    model, ids = tiny("llama"), tokens(length=65)
+    probe = PatternProbe(bins=64, layers=[1])
+    with regard.apply(model, [*parse("h2o(hh_size=8, recent_size=6)"), probe]):
+        out = run(model, ids[:, :64])
+        slots = out.past_key_values.layers[1].slots.positions[0]  # (Hk, 14)
+        with torch.no_grad():
+            model(ids[:, 64:], past_key_values=out.past_key_values)
+    (row,) = probe.patterns[1].decoded
+    for head in range(4):
+        assert set(row[0, head].nonzero().flatten().tolist()) == {*slots[head // 2].tolist(), 64}
 
 
 def test_left_padding_counts_for_nothing():

@@ -25,7 +25,7 @@ def small(name="llama", **changes):
 
 
 def compare(methods, model=None, **changes):
-    return regard.compare(model or small(), methods, **{**SMALL, **changes})
+    return regard.compare(small() if model is None else model, methods, **{**SMALL, **changes})
 
 
 @dataclass(kw_only=True)
@@ -209,6 +209,13 @@ def test_refusals(methods, changes, message):
         compare(methods, **changes)
 
 
+def test_a_model_needs_its_tokenizer():
+    model, tokenizer = small()
+    for given in (model, (tokenizer, model), [model, tokenizer]):
+        with pytest.raises(ArgumentError, match=r"model must be a name, a path or \(model, tokenizer\), got"):
+            compare([], given)
+
+
 def test_models_that_cannot_be_adapted_are_refused():
     model, tokenizer = small()
     for layer in model.model.layers:
@@ -219,7 +226,9 @@ def test_models_that_cannot_be_adapted_are_refused():
 
 def test_smollm2_reads_and_recalls(smollm2):
     """One real model, at a length where it recalls what it has read."""
-    comparison = regard.compare(smollm2, "streaming-llm(recent_size=60)", context=320, passkeys=2, generate=8)
+    comparison = regard.compare(
+        smollm2, "streaming-llm(recent_size=60)", context=320, continuation=24, passkeys=2, generate=8
+    )
     dense, dropped = comparison.results
     assert dense.recalled == 2
     assert not dropped.recalls[0].correct  # it stood before the window
@@ -227,7 +236,7 @@ def test_smollm2_reads_and_recalls(smollm2):
     assert dense.perplexity < 60
     assert dropped.perplexity > dense.perplexity
     model, tokenizer = smollm2
-    ids = torch.tensor([tokenize(tokenizer, english(), 320 + 64)])
+    ids = torch.tensor([tokenize(tokenizer, english(), 320 + 24)])
     labels = ids.clone()
     labels[:, :320] = -100
     with torch.no_grad():

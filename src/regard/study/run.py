@@ -77,7 +77,7 @@ def compare(
     started = time.perf_counter()
     chosen = _methods(methods, context)
     source, content = _text(text)
-    network, tokenizer = models.load(model, device=device, dtype=dtype) if isinstance(model, str | Path) else model
+    network, tokenizer = _model(model, device, dtype)
     _check_length(network, context + max(continuation + generate - generate // 2, _LONGEST_QUESTION if passkeys else 0))
     weights = next(network.parameters())
     settings = Settings(
@@ -127,6 +127,14 @@ def _text(text: str | Path | None) -> tuple[str, str]:
     if not text.strip():
         raise ArgumentError("text is empty")
     return f"given text ({len(text):,} characters)", text
+
+
+def _model(model: Any, device: str | torch.device, dtype: str | torch.dtype) -> tuple[Any, Any]:
+    if isinstance(model, str | Path):
+        return models.load(model, device=device, dtype=dtype)
+    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
+        return model
+    raise ArgumentError(f"model must be a name, a path or (model, tokenizer), got {type(model).__name__}")
 
 
 def _check_length(model: Any, needed: int) -> None:
