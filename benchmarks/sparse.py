@@ -123,7 +123,8 @@ def main() -> None:
             table.add_column(column, justify="left" if column == "pattern" else "right")
         for name, make in PATTERNS.items():
             for density in densities:
-                row, met = measure(make(n, density), n, Race(runs), not args.no_flex)
+                with console.status(f"{name}, N = {n}, density {density}"):
+                    row, met = measure(make(n, density), n, Race(runs), not args.no_flex)
                 table.add_row(name, *row)
                 if not met:
                     missed.append(f"{name} at N = {n}, density {row[0]}")

@@ -21,6 +21,7 @@ from regard.masks.table import Table
 
 _PAIRS = 1 << 20  # scores per kernel call and thread: fits the caches, and hides the cost of the call
 _SLACK = 1.07  # key lists are padded by at most this factor to share a batch
+_WORTH_SPLITTING = 1024  # fully visible keys of a tile from which doing the rest apart pays off
 _DENSE_ENOUGH = 0.8  # share of fully visible blocks from which finer units cannot gain much
 _PATTERN_BYTES = 1 << 26  # evaluated mask blocks that a plan may hold
 
@@ -201,7 +202,7 @@ class _Cut:
         seen = self._place()[kind == ALL]
         visible.index_add_(0, seen, visible.new_ones(1).expand(len(seen)))
         whole = visible.view(self.needed.shape) == self.rows
-        mostly = 2 * whole.sum(1) >= self.needed.sum(1)
+        mostly = (whole == self.needed).all(1) | (whole.sum(1) * bk >= _WORTH_SPLITTING)
         whole &= mostly[:, None]
         rest = self.needed & ~whole
         cells = _masks(self, mask, rest, kind)

@@ -15,6 +15,11 @@ from torch.autograd.function import once_differentiable
 _aten = torch.ops.aten
 
 
+def _has_kernel(q: Tensor) -> bool:
+    """Whether the fused kernel can be called directly; it is the CPU's."""
+    return q.device.type == "cpu"
+
+
 def forward(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, causal: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -22,7 +27,7 @@ def forward(
 
     ``causal``: query i sees only keys 0..i of the tile.
     """
-    if q.device.type == "cpu":
+    if _has_kernel(q):
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, is_causal=causal, attn_mask=mask, scale=scale
         )
@@ -50,7 +55,7 @@ def backward(
 
     Where ``out`` and ``lse`` come from more keys than the tile holds, the result is the tile's share of the gradients.
     """
-    if q.device.type != "cpu":
+    if not _has_kernel(q):
         weights, ds = _grad_scores(grad_out, grad_lse, q, k, v, out, lse, mask, scale, causal)
         return _from_grad_scores(grad_out, q, k, weights, ds, scale)
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
