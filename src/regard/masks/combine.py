@@ -259,8 +259,6 @@ def shifted(mask: Mask, offset: int) -> Mask:
     """The mask as seen by queries that start at position ``offset``."""
     if isinstance(mask, Band):
         return mask.moved(offset)
-    if offset == 0:
-        return mask
     return Shift(mask.mask, mask.offset + offset) if isinstance(mask, Shift) else Shift(mask, offset)
 
 
