@@ -97,8 +97,8 @@ def _progress() -> Iterator:
     """A bar on stderr with method, task, time taken and time left; where stderr is no terminal, a line per task."""
     console = Console(file=sys.stderr)  # bound to this stream: loaders are silenced by redirecting sys.stderr
     columns = (
-        TextColumn("[bold]{task.fields[method]}"), TextColumn("{task.description}"), BarColumn(),
-        TimeElapsedColumn(), TextColumn("of about"), TimeRemainingColumn(),
+        TextColumn("[bold]{task.fields[method]:<15}"), TextColumn("{task.description:<22}"), BarColumn(24),
+        TimeElapsedColumn(), TextColumn("taken,"), TimeRemainingColumn(), TextColumn("left"),
     )  # fmt: skip
     said = ""
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
