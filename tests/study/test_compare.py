@@ -179,6 +179,11 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+def test_the_budget_is_shown_even_if_it_is_the_default():
+    shown = [result.method for result in compare("h2o, h2o(normalise=True), streaming-llm").results[1:]]
+    assert shown == ["h2o(budget=0.25)", "h2o(normalise=True)", "streaming-llm"]
+
+
 def test_default_methods_leave_a_quarter():
     names = [method.name for method in default_methods(2048)]
     assert names == ["sliding-window", "streaming-llm", "h2o", "xkv", "power-attention", "longheads", "dhsa"]

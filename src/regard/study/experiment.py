@@ -228,7 +228,10 @@ class Experiment:
 
 def _result(method: Method) -> Result:
     parameters = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
-    return Result(method.name, str(method), parameters)
+    shown = str(method)
+    if shown == method.name and parameters.get("budget") is not None:  # the one default a reader wants to see
+        shown = f"{method.name}(budget={parameters['budget']!r})"
+    return Result(method.name, shown, parameters)
 
 
 def _refer_to_dense(results: list[Result], clock: Clock) -> None:
