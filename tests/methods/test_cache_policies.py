@@ -32,6 +32,7 @@ SMALL = [
     H2O(hh_size=3, recent_size=5, positions="slot"),
     H2O(hh_size=3, recent_size=5, normalise=True),
     XKV(rank=5, group_size=2),
+    XKV(rank=5, group_size=2, sink_size=0),
     XKV(rank=5, group_size=2, store="dense"),
 ]
 GENERATION = {
@@ -75,6 +76,31 @@ def test_full_budget_is_dense(name, method):
     with regard.apply(model, method):
         got, _ = feed(model, ids, mask, [9, 15, 16, 17, 18, 19])
     torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], **CLOSE)
+
+
+@pytest.mark.parametrize("method", [FULL[0], FULL[2], FULL[6]], ids=str)
+def test_full_budget_is_dense_on_trained_weights(method, smollm2):
+    model, tokenizer = smollm2
+    text = "The first tokens of a text receive much attention, whatever they say, and every later one sees them. " * 6
+    ids = tokenizer(text, return_tensors="pt").input_ids
+    cuts = list(range(ids.shape[1] - 4, ids.shape[1]))
+    expected, _ = feed(model, ids, torch.ones_like(ids), cuts)
+    with regard.apply(model, method):
+        got, _ = feed(model, ids, torch.ones_like(ids), cuts)
+    torch.testing.assert_close(got, expected, **CLOSE)
+
+
+@full
+def test_bfloat16_costs_no_more_than_it_does_anyway(method):
+    (ids, mask), cuts = batch(), [15, 16, 17, 18, 19]
+    expected, _ = feed(tiny("llama"), ids, mask, cuts)
+    model = tiny("llama").bfloat16()
+    dense, _ = feed(model, ids, mask, cuts)
+    with regard.apply(model, method):
+        got, _ = feed(model, ids, mask, cuts)
+    assert got.dtype == torch.bfloat16
+    error, anyway = ((x - expected)[mask.bool()].abs().mean() for x in (got, dense))
+    assert error < 1.5 * anyway
 
 
 @every_model

@@ -27,12 +27,12 @@ def run(model, method, pieces):
     return torch.cat(out), cache
 
 
-def simulation(model, groups, rank_k, rank_v):
-    """Every prompt's end replaces all keys and values of a group by their truncated SVD."""
+def simulation(model, groups, rank_k, rank_v, sinks):
+    """Every prompt's end replaces all keys and values of a group but the sinks' by their truncated SVD."""
     naive = NaiveLlama(model, after=lambda *_: None)
 
     def truncate(name, group, rank):
-        heads = [entries for layer in group for entries in naive.cache[layer]]
+        heads = [entries[sinks:] for layer in group for entries in naive.cache[layer]]
         x = torch.cat([torch.stack([getattr(entry, name) for entry in entries]) for entries in heads], dim=1)
         u, s, v = torch.linalg.svd(x, full_matrices=False)
         parts = ((u[:, :rank] * s[:rank]) @ v[:rank]).split(naive.dim, dim=1)
@@ -50,24 +50,25 @@ def simulation(model, groups, rank_k, rank_v):
     return naive
 
 
+@pytest.mark.parametrize("sinks", [0, 3])
 @pytest.mark.parametrize(
-    ("method", "groups"),
+    ("options", "groups"),
     [
-        (XKV(rank_k=5, rank_v=7, group_size=2), [[0, 1], [2]]),
-        (XKV(rank_k=5, rank_v=7, group_size=3, store="dense"), [[0, 1, 2]]),
-        (XKV(rank_k=5, rank_v=7, group_size=3, start_layer=1), [[1, 2]]),
-        (XKV(rank_k=5, rank_v=7, group_size=1, start_layer=1, end_layer=1), [[1]]),
-        (XKV(rank_k=5, rank_v=7, groups=[[2, 0]]), [[0, 2]]),
-        (XKV(rank_k=[5, 5], rank_v=[7, 7], group_size=2), [[0, 1], [2]]),
+        ({"group_size": 2}, [[0, 1], [2]]),
+        ({"group_size": 3, "store": "dense"}, [[0, 1, 2]]),
+        ({"group_size": 3, "start_layer": 1}, [[1, 2]]),
+        ({"group_size": 1, "start_layer": 1, "end_layer": 1}, [[1]]),
+        ({"groups": [[2, 0]]}, [[0, 2]]),
+        ({"group_size": 2, "rank_k": [5, 5], "rank_v": [7, 7]}, [[0, 1], [2]]),
     ],
     ids=str,
 )
-def test_equals_a_simulation(method, groups):
+def test_equals_a_simulation(options, groups, sinks):
     """Prompt, single tokens, a second prompt, single tokens."""
     model = tiny("llama")
-    naive = simulation(model, groups, 5, 7)
+    naive = simulation(model, groups, 5, 7, sinks)
     expected = torch.cat([naive(piece) for piece in PIECES])
-    got, _ = run(model, method, PIECES)
+    got, _ = run(model, XKV(**{"rank_k": 5, "rank_v": 7, "sink_size": sinks, **options}), PIECES)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -82,19 +83,24 @@ def test_parts_that_are_not_merged_stay():
             assert layer.factors.keys() == {other}
 
 
-def test_holds_what_it_says():
-    """After the prompt: N·r + r·G·d per group for keys and for values, and an int32 position per token and layer."""
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_holds_what_it_says(sinks):
+    """After the prompt, per group: N·r + r·G·d numbers and the sinks, for keys and for values each.
+
+    And for bookkeeping an int32 position per token and layer, and where each row's sinks are, per group.
+    """
     model, n, d = tiny("llama", num_hidden_layers=5), 300, 2 * 8
     ids = torch.randint(3, 97, (2, n), generator=torch.Generator().manual_seed(0))
     cache = DynamicCache(config=model.config)
-    with regard.apply(model, XKV(rank_k=6, rank_v=9, group_size=2)), torch.no_grad():
+    with regard.apply(model, XKV(rank_k=6, rank_v=9, group_size=2, sink_size=sinks)), torch.no_grad():
         model(ids, past_key_values=cache)
         groups = [2, 2, 1]  # layers
-        floats = sum(n * r + r * size * d for size in groups for r in (6, 9))
-        assert nbytes(cache) == 2 * 4 * floats + 5 * 4 * n  # both rows have the same positions
+        floats = sum(n * r + r * size * d + sinks * size * d for size in groups for r in (6, 9))
+        places = 2 * 8 * sinks * len(groups)
+        assert nbytes(cache) == 2 * 4 * floats + places + 5 * 4 * n  # both rows have the same positions
         assert nbytes(cache) < 0.5 * 2 * 2 * 5 * n * d * 4
         model(ids[:, :1], past_key_values=cache)  # a token more, and now each row has its own positions
-        assert nbytes(cache) == 2 * (4 * floats + 5 * 4 * (n + 1) + 2 * 4 * 5 * d)
+        assert nbytes(cache) == 2 * (4 * floats + 5 * 4 * (n + 1) + 2 * 4 * 5 * d) + places
 
 
 def test_originals_are_freed():
@@ -163,6 +169,7 @@ def test_minicache_merges_pairs_at_the_prompts_end():
         ({"rank_k": 1.5}, "rank_k must be a number of at least 1 or a share .* got 1.5"),
         ({"rank_v": [4, True]}, "rank_v must be a number of at least 1 or a share .* got True"),
         ({"group_size": 0}, "group_size must be at least 1, got 0"),
+        ({"sink_size": -1}, "sink_size must be at least 0, got -1"),
         ({"start_layer": -1}, "start_layer must be at least 0"),
         ({"store": "sparse"}, "store must be factored or dense, got 'sparse'"),
         ({"layer_merge_impl": "qr"}, "layer_merge_impl must be svd or slerp, got 'qr'"),

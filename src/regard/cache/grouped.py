@@ -20,15 +20,22 @@ class LayerGroup:
     Attributes:
         members: the group's layers, in order.
         bases: "keys" and "values" -> A (B, N, r) over the N compressed tokens.
+        sinks: (B, S) the slots among them that are held as they were; None when nothing is compressed.
     """
 
     def __init__(self) -> None:
         self.members: list[GroupedLayer] = []
         self.bases: dict[str, Tensor] = {}
+        self.sinks: Tensor | None = None
 
     def compress(self, num_new: int) -> None:
         """Compress what the members hold; called when all of them have taken in `num_new` tokens."""
         raise NotImplementedError
+
+    def sink_rows(self, x: Tensor) -> Tensor:
+        """`sinks` as an index (B, Hk, S, D) into the tokens of x (B, Hk, K, D)."""
+        assert self.sinks is not None
+        return self.sinks[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
 
 
 class SharedBasis(LayerGroup):
@@ -40,6 +47,7 @@ class SharedBasis(LayerGroup):
 
     Args:
         rank_k, rank_v: ranks of the keys and of the values; None leaves them uncompressed.
+        sink_size: each row's first tokens that are held as they were, outside the basis; 0 is the published method.
         store: "factored" holds A once and B_l per layer; "dense" holds the product, as the published code does.
         randomized: see `cross_layer_svd`.
     """
@@ -48,35 +56,50 @@ class SharedBasis(LayerGroup):
         self,
         rank_k: Rank | None,
         rank_v: Rank | None,
+        sink_size: int = 0,
         store: Literal["factored", "dense"] = "factored",
         randomized: bool = False,
     ) -> None:
         super().__init__()
         self.ranks = {"keys": rank_k, "values": rank_v}
-        self.store, self.randomized = store, randomized
+        self.sink_size, self.store, self.randomized = sink_size, store, randomized
 
     def compress(self, num_new: int) -> None:
-        for name, rank in self.ranks.items():
-            if rank is not None:
-                self._compress(name, rank)
+        names = [name for name, rank in self.ranks.items() if rank is not None]
+        wholes = {name: [layer.whole(name) for layer in self.members] for name in names}
+        self.sinks, left_out = self._sinks()
+        for name, xs in wholes.items():
+            self._compress(name, xs, left_out)
 
-    def _compress(self, name: str, rank: Rank) -> None:
-        xs = [layer.real_tokens(name).transpose(1, 2).flatten(2) for layer in self.members]
-        width = sum(x.shape[-1] for x in xs)
+    def _sinks(self) -> tuple[Tensor, Tensor]:
+        """The slots of each row's first real tokens (B, S), and which tokens have no part in the basis (B, K)."""
+        first = self.members[0]
+        assert first.slots is not None
+        valid = first.slots.valid
+        real = torch.ones_like(first.slots.positions, dtype=torch.bool) if valid is None else valid
+        real = real[:, 0]
+        sinks = real.int().argsort(dim=-1, descending=True, stable=True)[:, : self.sink_size].clone()
+        return sinks, (~real).scatter(1, sinks, True)
+
+    def _compress(self, name: str, wholes: list[Tensor], left_out: Tensor) -> None:
+        tokens, width = wholes[0].shape[2], sum(x.shape[1] * x.shape[3] for x in wholes)
+        rank = self.ranks[name]
         if isinstance(rank, float):
             rank = max(1, round(rank * width))
-        if rank >= min(xs[0].shape[1], width):
+        assert rank is not None
+        if rank >= min(tokens, width):
             return
-        basis, factors = cross_layer_svd(xs, rank, self.randomized)
-        self.bases[name] = basis
-        for layer, factor in zip(self.members, factors, strict=True):
+        # what is left out becomes zeros, which cost no rank
+        xs = [x.masked_fill(left_out[:, None, :, None], 0.0).transpose(1, 2).flatten(2) for x in wholes]
+        self.bases[name], factors = cross_layer_svd(xs, rank, self.randomized)
+        for layer, whole, factor in zip(self.members, wholes, factors, strict=True):
             layer.factors[name] = factor
-            rest = getattr(layer, name)
-            setattr(layer, name, rest.new_empty(*rest.shape[:2], 0, rest.shape[-1]))
+            layer.sinks[name] = whole.gather(2, self.sink_rows(whole))
+            setattr(layer, name, whole[:, :, :0].clone())
         if self.store == "dense":
             for layer in self.members:
                 setattr(layer, name, layer.whole(name))
-                del layer.factors[name]
+                del layer.factors[name], layer.sinks[name]
             del self.bases[name]
 
 
@@ -108,6 +131,7 @@ class GroupedLayer(TrackedLayer):
 
     Attributes:
         factors: "keys" and "values" -> B_l (B, r, Hk·D), for what is compressed.
+        sinks: "keys" and "values" -> (B, Hk, S, ·), the tokens at the group's `sinks`.
         keys, values: the tokens that are not compressed.
     """
 
@@ -115,6 +139,7 @@ class GroupedLayer(TrackedLayer):
         super().__init__(raw_keys=True)
         self.group = group
         self.factors: dict[str, Tensor] = {}
+        self.sinks: dict[str, Tensor] = {}
         group.members.append(self)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -127,13 +152,9 @@ class GroupedLayer(TrackedLayer):
         if name not in self.factors:
             return rest
         product = self.group.bases[name] @ self.factors[name]
-        return torch.cat((product.unflatten(-1, (rest.shape[1], rest.shape[-1])).transpose(1, 2), rest), dim=2)
-
-    def real_tokens(self, name: str) -> Tensor:
-        """`whole`, with zeros for padding, which so costs no rank."""
-        assert self.slots is not None
-        whole = self.whole(name)
-        return whole if self.slots.valid is None else whole * self.slots.valid[..., None]
+        product = product.unflatten(-1, (rest.shape[1], rest.shape[-1])).transpose(1, 2)
+        whole = torch.cat((product, rest), dim=2)
+        return whole.scatter_(2, self.group.sink_rows(whole), self.sinks[name])
 
     def compress(self, num_new: int) -> None:
         """Called when the layer has attended to its `num_new` tokens: the last layer of a group compresses all."""
@@ -146,10 +167,13 @@ class GroupedLayer(TrackedLayer):
     def _map_batch(self, function: Callable[[Tensor], Tensor]) -> None:
         super()._map_batch(function)
         self.factors = {name: function(factor) for name, factor in self.factors.items()}
-        if self is self.group.members[0]:  # once for the group: the cache calls every layer
-            self.group.bases = {name: function(basis) for name, basis in self.group.bases.items()}
+        self.sinks = {name: function(sinks) for name, sinks in self.sinks.items()}
+        group = self.group
+        if self is group.members[0] and group.sinks is not None:  # once for the group: the cache calls every layer
+            group.bases = {name: function(basis) for name, basis in group.bases.items()}
+            group.sinks = function(group.sinks)
 
     def reset(self) -> None:
         super().reset()
-        self.factors = {}
-        self.group.bases = {}
+        self.factors, self.sinks = {}, {}
+        self.group.bases, self.group.sinks = {}, None

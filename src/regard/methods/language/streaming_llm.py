@@ -19,8 +19,8 @@ class StreamingLLM(CachePolicy):
     longer than the model can read. A prompt attends fully before anything is dropped, as in the published code; its
     peak is that of the dense model, one layer at a time. What has been dropped is forgotten.
 
-    Needs a model with rotary embedding. Keys are cached before rotation, taken back from the model's rotated ones,
-    which costs one rounding: nothing in float32, half a digit in bfloat16.
+    Needs a model with rotary embedding. Keys are cached before rotation, which is undone on the model's rotated keys at
+    the cost of one more rounding.
 
     Args:
         start_size: first tokens that stay, the attention sinks.

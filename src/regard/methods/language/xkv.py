@@ -33,6 +33,9 @@ class XKV(CachePolicy):
             a width of 4096).
         group_size: consecutive layers per group; the last group may be shorter.
         groups: the groups themselves, as lists of layer indices, in place of `group_size`.
+        sink_size: first tokens of each row that are held as they were. The published method is 0. The values of
+            attention sinks are close to zero and receive much of all attention, so what the low rank gets wrong about
+            them spoils every output.
         start_layer, end_layer: first and last layer to group; -1 is the model's last.
         merge_key, merge_value: what to compress.
         store: "factored" holds the factors; "dense" the reconstruction, as the published code, which saves nothing.
@@ -47,6 +50,7 @@ class XKV(CachePolicy):
     rank_v: Ranks = 0.375
     group_size: int = 4
     groups: Sequence[Sequence[int]] | None = None
+    sink_size: int = 4
     start_layer: int = 0
     end_layer: int = -1
     merge_key: bool = True
@@ -68,8 +72,9 @@ class XKV(CachePolicy):
                     raise ArgumentError(
                         f"{argument} must be a number of at least 1 or a share (0 < float <= 1), got {rank!r}"
                     )
-        if self.group_size < 1:
-            raise ArgumentError(f"group_size must be at least 1, got {self.group_size}")
+        for argument, least in (("group_size", 1), ("sink_size", 0)):
+            if getattr(self, argument) < least:
+                raise ArgumentError(f"{argument} must be at least {least}, got {getattr(self, argument)}")
         if self.start_layer < 0 or self.end_layer < -1:
             raise ArgumentError(
                 "start_layer must be at least 0 and end_layer at least -1, "
@@ -121,7 +126,11 @@ class XKV(CachePolicy):
             for ranks in (self.rank_k, self.rank_v)
         )
         return SharedBasis(
-            rank_k if self.merge_key else None, rank_v if self.merge_value else None, self.store, self.randomized
+            rank_k if self.merge_key else None,
+            rank_v if self.merge_value else None,
+            self.sink_size,
+            self.store,
+            self.randomized,
         )
 
     def qkv(self, call: Call) -> None:
