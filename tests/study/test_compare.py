@@ -179,9 +179,15 @@ def test_the_model_is_left_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_the_budget_is_shown_even_if_it_is_the_default():
-    shown = [result.method for result in compare("h2o, h2o(normalise=True), streaming-llm").results[1:]]
-    assert shown == ["h2o(budget=0.25)", "h2o(normalise=True)", "streaming-llm"]
+def test_leading_settings_are_shown_even_if_they_are_defaults():
+    asked = "h2o, h2o(hh_size=9, recent_size=8), streaming-llm(recent_size=30), h2o(normalise=True)"
+    assert [result.method for result in compare(asked).results] == [
+        "dense",
+        "h2o(budget=0.25)",
+        "h2o(hh_size=9, recent_size=8)",
+        "streaming-llm(start_size=4, recent_size=30)",
+        "h2o(normalise=True)",
+    ]
 
 
 def test_default_methods_leave_a_quarter():

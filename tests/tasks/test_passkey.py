@@ -30,6 +30,14 @@ def test_every_key_is_in_its_place(bos, length, count):
     assert len({passkey.name for passkey in task.passkeys}) == count
 
 
+def test_questions_share_their_beginning():
+    tokenizer = tiny_tokenizer()
+    task = passkey_task(tokenizer, TEXT, 1500, 5)
+    assert tokenizer.decode(task.prefix) == "\n\nWhat is the"
+    alone = passkey_task(tokenizer, TEXT, 1500, 1)
+    assert alone.prefix == alone.passkeys[0].question
+
+
 def test_the_text_around_is_the_text():
     tokenizer = tiny_tokenizer()
     task = passkey_task(tokenizer, TEXT, 1500, 3)

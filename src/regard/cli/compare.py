@@ -31,7 +31,7 @@ def compare(
         Path | None, typer.Option(help="A UTF-8 text file to read; English prose that comes with Python if left out.")
     ] = None,
     context: Annotated[int, typer.Option(help="Tokens to read before anything is measured.")] = 2048,
-    continuation: Annotated[int, typer.Option(help="Tokens of the text after that, for the perplexity.")] = 96,
+    continuation: Annotated[int, typer.Option(help="Tokens of the text after that, for the perplexity.")] = 64,
     generate: Annotated[int, typer.Option(help="Tokens dense generates, for the agreement with it.")] = 64,
     passkeys: Annotated[int, typer.Option(help="Numbers hidden in the text and asked for; 0 for none.")] = 8,
     repeats: Annotated[int, typer.Option(help="Times to take each time; more are steadier.")] = 1,

@@ -17,13 +17,14 @@ from regard.study.memory import PeakMemory
 from regard.study.progress import Plan, Progress, units
 from regard.study.reading import Reader, Reading
 from regard.study.records import Clock, Picture, Recall, Result, Settings
-from regard.tasks import Passkey, agreement, negative_log_likelihood, passkey_task, perplexity, tokenize
+from regard.tasks import PasskeyTask, agreement, negative_log_likelihood, passkey_task, perplexity, tokenize
 from regard.tasks.text import opening
 
 DENSE = "dense"
 _CHECK_TOKENS = 16  # read under every method before anything is measured, to find what cannot work
 _WARM_UP_TOKENS = 256
 _CLOCK_STEPS = 12  # tokens decoded for each timing of dense
+_SHOWN = 2  # settings that are shown beside a method's name even if they are its defaults
 _BINS = 64  # of a picture
 _PICTURED_DEPTHS = (1 / 6, 1 / 2, 5 / 6)  # of the layers
 _PICTURED_STEPS = 16  # tokens decoded for the pictures when no passkeys are asked for
@@ -62,11 +63,9 @@ class Experiment:
                 f"context {context} + continuation {continuation}; use a longer text or a shorter context"
             )
         self._prompt, self._next = tokens[:context], tokens[context:]
-        self._haystack = self._prompt
-        self._passkeys: tuple[Passkey, ...] = ()
+        self._passkeys: PasskeyTask | None = None
         if settings.passkeys:
-            task = passkey_task(tokenizer, text, context, settings.passkeys, settings.seed)
-            self._passkeys, self._haystack = task.passkeys, list(task.haystack)
+            self._passkeys = passkey_task(tokenizer, text, context, settings.passkeys, settings.seed)
         self._pictured = _pictured_layers(model)
         #: dense's own tokens after the context and after the continuation, filled when dense runs
         self._own: list[list[int]] = []
@@ -170,40 +169,53 @@ class Experiment:
         return reading.seconds[0], median(reading.seconds[1:])
 
     def _recall(self, methods: list[Method], result: Result) -> None:
-        """Ask for every passkey, from copies of one reading, and watch where one of the questions looks."""
-        self._plan.stage(result.name, "passkeys" if self._passkeys else "pictures", self._units_of_recall())
+        """Ask for every passkey, from copies of one reading, and picture where one of the questions looks."""
+        if self._passkeys is None:
+            self._picture(methods, result)
+            return
+        passkeys, prefix = self._passkeys.passkeys, self._passkeys.prefix
+        self._plan.stage(result.name, "passkeys", self._units_of_recall())
         probe = PatternProbe(bins=_BINS, layers=self._pictured)
         with apply(self.model, [*methods, probe]):
-            reading = self._reader.read(self._haystack)
-            if not self._passkeys:
-                shown = self._next[:_PICTURED_STEPS]
-                for token in shown:
-                    self._reader.step(reading, token)
-                result.pictures = self._pictures(probe, slice(None), shown, None)
-            for i, passkey in enumerate(self._passkeys):
-                before = len(probe.patterns[self._pictured[0]].decoded)
-                correct = self._reader.recalls(reading.copy(), passkey.question, passkey.answer)
+            reading = self._reader.read(self._passkeys.haystack)
+            for token in prefix:
+                self._reader.step(reading, token)
+            for i, passkey in enumerate(passkeys):
+                before = _steps(probe)
+                correct = self._reader.recalls(reading.copy(), passkey.question[len(prefix) :], passkey.answer)
                 result.recalls.append(Recall(passkey.name, passkey.depth, correct))
-                if i == len(self._passkeys) // 3:  # far enough back to be dropped by what keeps the latest
-                    fed = slice(before, None)
-                    result.pictures = self._pictures(probe, fed, passkey.question + passkey.answer, passkey.start)
+                if i == len(passkeys) // 3:  # far enough back to be dropped by what keeps the latest
+                    rows = [*range(len(prefix)), *range(before, _steps(probe))]
+                    tokens = passkey.question + passkey.answer
+                    result.pictures = self._pictures(probe, rows, tokens, passkey.start)
 
-    def _pictures(self, probe: PatternProbe, rows: slice, tokens: Sequence[int], target: int | None) -> list[Picture]:
-        pictures = []
-        for layer, pattern in sorted(probe.patterns.items()):
-            decoded = pattern.decoded[rows]
-            shown = [self.tokenizer.decode([token]) for token in tokens[: len(decoded)]]
-            pictures.append(
-                Picture(
-                    layer,
-                    pattern.edges,
-                    _mean_over_heads(pattern.prompt),
-                    [_mean_over_heads(row) for row in decoded],
-                    shown,
-                    target,
-                )
+    def _picture(self, methods: list[Method], result: Result) -> None:
+        """Picture where the text after the prompt looks."""
+        self._plan.stage(result.name, "pictures", self._units_of_recall())
+        probe = PatternProbe(bins=_BINS, layers=self._pictured)
+        tokens = self._next[:_PICTURED_STEPS]
+        with apply(self.model, [*methods, probe]):
+            reading = self._reader.read(self._prompt)
+            for token in tokens:
+                self._reader.step(reading, token)
+        result.pictures = self._pictures(probe, list(range(len(tokens))), tokens, None)
+
+    def _pictures(
+        self, probe: PatternProbe, rows: list[int], tokens: Sequence[int], target: int | None
+    ) -> list[Picture]:
+        """The record of `probe`, with the decoded `rows`, to which `tokens` belong as far as there are rows."""
+        shown = [self.tokenizer.decode([token]) for token in tokens[: len(rows)]]
+        return [
+            Picture(
+                layer=layer,
+                edges=pattern.edges,
+                prompt=_mean_over_heads(pattern.prompt),
+                decoded=[_mean_over_heads(pattern.decoded[row]) for row in rows],
+                tokens=shown,
+                target=target,
             )
-        return pictures
+            for layer, pattern in sorted(probe.patterns.items())
+        ]
 
     # --- how much work that is ----------------------------------------------------------------------------------
 
@@ -222,16 +234,20 @@ class Experiment:
         return units(len(self._prompt), min(_CLOCK_STEPS, len(self._next)))
 
     def _units_of_recall(self) -> float:
-        asked = sum(len(passkey.question) + len(passkey.answer) for passkey in self._passkeys)
-        return units(len(self._haystack), asked or _PICTURED_STEPS)
+        if self._passkeys is None:
+            return units(len(self._prompt), min(_PICTURED_STEPS, len(self._next)))
+        prefix = len(self._passkeys.prefix)
+        asked = sum(len(p.question) - prefix + len(p.answer) for p in self._passkeys.passkeys)
+        return units(len(self._passkeys.haystack), prefix + asked)
 
 
 def _result(method: Method) -> Result:
     parameters = {f.name: getattr(method, f.name) for f in fields(method) if f.init}
-    shown = str(method)
-    if shown == method.name and parameters.get("budget") is not None:  # the one default a reader wants to see
-        shown = f"{method.name}(budget={parameters['budget']!r})"
-    return Result(method.name, shown, parameters)
+    changed = [f.name for f in fields(method) if f.init and parameters[f.name] != f.default]
+    numbers = [name for name, value in parameters.items() if type(value) in (int, float)][:_SHOWN]
+    shown = numbers if set(changed) <= set(numbers) else changed
+    arguments = ", ".join(f"{name}={parameters[name]!r}" for name in shown)
+    return Result(method.name, f"{method.name}({arguments})" if arguments else method.name, parameters)
 
 
 def _refer_to_dense(results: list[Result], clock: Clock) -> None:
@@ -249,6 +265,11 @@ def _pictured_layers(model: nn.Module) -> list[int]:
     sites = find_sites(model)
     seen = [site.index for site in sites if site.window is None] or [site.index for site in sites]
     return sorted({seen[int(depth * len(seen))] for depth in _PICTURED_DEPTHS})
+
+
+def _steps(probe: PatternProbe) -> int:
+    """Number of decoded tokens the probe has seen."""
+    return len(next(iter(probe.patterns.values())).decoded)
 
 
 def _mean_over_heads(mass: Tensor) -> list[Any]:

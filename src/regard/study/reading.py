@@ -74,8 +74,12 @@ class Reader:
         """Whether the model goes on with `answer`, token for token, when asked `question`; stops when it does not."""
         for token in question:
             self.step(reading, token)
-        chosen = (int(logits.argmax()) for logits in self.follow(reading, answer))
-        return all(choice == token for choice, token in zip(chosen, answer, strict=True))
+        for i, token in enumerate(answer):
+            if int(reading.logits.argmax()) != token:
+                return False
+            if i + 1 < len(answer):
+                self.step(reading, token)
+        return True
 
     def _forward(self, tokens: Sequence[int], cache: Any) -> Reading:
         ids = torch.tensor([tokens], device=self.device)

@@ -30,7 +30,7 @@ def compare(
     *,
     text: str | Path | None = None,
     context: int = 2048,
-    continuation: int = 96,
+    continuation: int = 64,
     generate: int = 64,
     passkeys: int = 8,
     repeats: int = 1,

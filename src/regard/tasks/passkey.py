@@ -8,7 +8,7 @@ text serves all questions.
 
 import random
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from regard.errors import ArgumentError
@@ -60,6 +60,13 @@ class PasskeyTask:
 
     haystack: tuple[int, ...]
     passkeys: tuple[Passkey, ...]
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that all questions begin with; they need to be fed only once."""
+        first, *rest = (passkey.question for passkey in self.passkeys)
+        alike = (all(other[i : i + 1] == (token,) for other in rest) for i, token in enumerate(first))
+        return first[: sum(takewhile(bool, alike))]
 
 
 def passkey_task(tokenizer: Any, text: str, length: int, count: int, seed: int = 0) -> PasskeyTask:
