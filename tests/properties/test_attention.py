@@ -20,7 +20,9 @@ SINGLE = 1e-5
 
 
 # the planner's limits: as they are, one tile per batch, masks evaluated in each call, tiles always done in two parts
-limits = st.sampled_from([{}, {"_PAIRS": 1}, {"_PATTERN_BYTES": -1}, {"_WORTH_SPLITTING": 1, "_SLACK": 2.0}])
+limits = st.sampled_from(
+    [{}, {"_PAIRS": 1}, {"_PATTERN_BYTES": -1, "_TERM_BYTES": -1}, {"_WORTH_SPLITTING": 1, "_SLACK": 2.0}]
+)
 
 
 @given(x=inputs(), limit=limits)

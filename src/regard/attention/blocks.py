@@ -63,26 +63,25 @@ class _Layout:
     m: int
     scale: float
 
-    def visits(self, batch: Batch, layers: tuple[int, int]) -> Iterator["_Visit"]:
-        """Everywhere a batch is to be run: once for each of the lanes that share a layer of the mask."""
-        device = batch.layer.device
+    def visits(self, batch: Batch, work: Plan) -> Iterator["_Visit"]:
+        """Everywhere a batch is to be run: in all lanes that share a layer of the mask, as many at once as pay off."""
+        device, layers = batch.layer.device, work.layers
         items = torch.arange(self.batch, device=device).view(layers[0], -1)
         heads = torch.arange(self.lanes, device=device).view(layers[1], -1)
-        group = torch.arange(self.groups, device=device)
         b, h = batch.layer // layers[1], batch.layer % layers[1]
-        for item in items[b].T:
-            for lane in heads[h].T:
-                query_head = (item * self.lanes + lane)[:, None] * self.groups + group
-                key_head = item * self.kv_heads + lane // (self.lanes // self.kv_heads)
-                yield _Visit(batch, query_head, key_head[:, None])
+        lanes = (items[b][:, :, None] * self.lanes + heads[h][:, None, :]).flatten(1)  # (T, lanes that share)
+        group = torch.arange(self.groups, device=device)
+        for some in lanes.split(max(1, work.budget // batch.pairs), dim=1):
+            query_head = (some[:, :, None] * self.groups + group).flatten(1)
+            yield _Visit(batch, query_head, some // (self.lanes // self.kv_heads))
 
 
 class _Visit(NamedTuple):
     """A batch of tiles for particular heads, numbered across batch items."""
 
     batch: Batch
-    query_head: Tensor  # (T, G)
-    key_head: Tensor  # (T, 1)
+    query_head: Tensor  # (T, G), evenly spaced
+    key_head: Tensor  # (T, K), where K divides G
 
 
 class _Units:
@@ -101,7 +100,7 @@ class _Units:
         self.scratch = self.rows.new_empty(0)  # gathering into fresh memory each time would cost twice as much
 
     def take(self, head: Tensor, units: Tensor, run: Run | None) -> Tensor:
-        """Tokens of the tiles, (T, G, tokens, ...), valid until the next call; a view where they form a `Run`."""
+        """Tokens of the tiles, (T, heads, tokens, ...), valid until the next call; a view where they form a `Run`."""
         if run is not None:
             return self._view(head, units, run)
         index = self._index(head, units)
@@ -140,9 +139,10 @@ class _Units:
         tiles, length = units.shape
         unit = self.rows.shape[1]
         tail = self.x.stride()[2:]
+        apart = int(head[0, 1] - head[0, 0]) if head.shape[1] > 1 else 1
         return self.rows.as_strided(
             (tiles, head.shape[1], length * self.side, *self.x.shape[3:]),
-            (run.step * unit, self.count * unit, *tail),
+            (run.step * unit, apart * self.count * unit, *tail),
             self.rows.storage_offset() + (int(head[0, 0]) * self.count + run.first) * unit,
         )
 
@@ -160,10 +160,10 @@ class _Blocks(torch.autograd.Function):
         lse = _Units(q.new_full(q.shape[:3], -torch.inf, dtype=wide), work.side[0], work.padded)
         for batch in work.batches:
             additive = _additive(batch, mask, work, layout, wide)
-            for visit in layout.visits(batch, work.layers):
+            for visit in layout.visits(batch, work):
                 rows = (visit.query_head, batch.queries, batch.query_run)
                 columns = (visit.key_head, batch.keys, batch.key_run)
-                kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
+                kt, vt = keys.take(*columns), values.take(*columns)
                 term = _with_bias(additive, bias, visit, work, layout, wide)
                 out_tile, lse_tile = tile.forward(queries.take(*rows), kt, vt, term, layout.scale)
                 if batch.joins:
@@ -192,10 +192,10 @@ class _Blocks(torch.autograd.Function):
         dbias = torch.zeros_like(bias, dtype=lse.dtype) if ctx.needs_input_grad[3] else None
         for batch in work.batches:
             additive = _additive(batch, mask, work, layout, lse.dtype)
-            for visit in layout.visits(batch, work.layers):
+            for visit in layout.visits(batch, work):
                 rows = (visit.query_head, batch.queries, batch.query_run)
                 columns = (visit.key_head, batch.keys, batch.key_run)
-                kt, vt = (x.take(*columns).expand(-1, layout.groups, -1, -1) for x in (keys, values))
+                kt, vt = keys.take(*columns), values.take(*columns)
                 term = _with_bias(additive, bias, visit, work, layout, lse.dtype)
                 arguments: tuple[Any, ...] = (
                     grad_outs.take(*rows),
@@ -214,8 +214,8 @@ class _Blocks(torch.autograd.Function):
                     dq_tile, dk_tile, dv_tile, ds = tile.backward_with_scores(*arguments)
                     _add_bias_gradient(dbias, ds, visit, work, layout)
                 (dq.add if batch.joins else dq.put)(*rows, dq_tile.to(lse.dtype))
-                dk.add(*columns, _ungroup(dk_tile).to(lse.dtype))
-                dv.add(*columns, _ungroup(dv_tile).to(lse.dtype))
+                dk.add(*columns, dk_tile.to(lse.dtype))
+                dv.add(*columns, dv_tile.to(lse.dtype))
         bias_grad = None if dbias is None else dbias.to(bias.dtype)
         return dq.whole().to(q.dtype), dk.whole().to(k.dtype), dv.whole().to(v.dtype), bias_grad, None, None, None
 
@@ -224,19 +224,23 @@ def _cut(q: Tensor, k: Tensor, v: Tensor, work: Plan) -> tuple[_Units, _Units, _
     return _Units(q, work.side[0], work.padded), _Units(k, work.side[1]), _Units(v, work.side[1])
 
 
-def _ungroup(grad: Tensor) -> Tensor:
-    """The gradient of a key head from those of its query heads: (T, G, ...) to (T, 1, ...)."""
-    return grad if grad.shape[1] == 1 else grad.sum(1, keepdim=True)
-
-
 def _additive(batch: Batch, mask: Mask, work: Plan, layout: _Layout, dtype: torch.dtype) -> Tensor | None:
     """The mask of a batch's tiles as a term of the scores: (U, 1, queries, keys); None if all is visible."""
     if batch.kind is None:
         return None
+    kept = work.terms.get((batch, dtype))
+    if kept is None:
+        kept = _term(batch, batch.kind, mask, work, layout, dtype)
+        if work.keeps_terms:
+            work.terms[batch, dtype] = kept
+    return kept
+
+
+def _term(batch: Batch, kind: Tensor, mask: Mask, work: Plan, layout: _Layout, dtype: torch.dtype) -> Tensor:
     bq, bk = work.side
-    tiles, rows, columns = batch.kind.shape
-    hidden = torch.zeros(batch.kind.shape, dtype=dtype, device=batch.kind.device)
-    hidden.masked_fill_(batch.kind == NONE, -torch.inf)
+    tiles, rows, columns = kind.shape
+    hidden = torch.zeros(kind.shape, dtype=dtype, device=kind.device)
+    hidden.masked_fill_(kind == NONE, -torch.inf)
     blocks = hidden[:, :, None, :, None].expand(tiles, rows, bq, columns, bk).contiguous()
     if batch.partial.numel():
         allowed = batch.pattern

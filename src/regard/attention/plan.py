@@ -9,7 +9,7 @@ them makes tiles compact. Tiles with equally many keys run as one batch.
 import math
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -24,6 +24,7 @@ _SLACK = 1.07  # key lists are padded by at most this factor to share a batch
 _WORTH_SPLITTING = 1024  # fully visible keys of a tile from which doing the rest apart pays off
 _DENSE_ENOUGH = 0.8  # share of fully visible blocks from which finer units cannot gain much
 _PATTERN_BYTES = 1 << 26  # evaluated mask blocks that a plan may hold
+_TERM_BYTES = 1 << 25  # the same as float terms of the scores, which saves building them in each call
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,7 @@ class Batch:
     query_run: "Run | None"  # where `queries` and `keys` are regular enough to be read without gathering
     key_run: "Run | None"
     joins: bool  # whether an earlier batch has seen other keys of these queries: the results are merged then
+    pairs: int  # scores computed per lane
 
 
 class Run(NamedTuple):
@@ -63,6 +65,8 @@ class Plan:
         padded: whether some tile has a query slot without a query unit.
         density: computed pairs as a share of all.
         cost: modelled time, in pairs of a large dense tile.
+        budget: scores per kernel call and query head of a group.
+        terms: the masks of batches as terms of the scores, kept after the first call if all of them are small.
     """
 
     side: tuple[int, int]
@@ -71,6 +75,13 @@ class Plan:
     padded: bool
     density: float
     cost: float
+    budget: int
+    terms: dict[tuple[Batch, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def keeps_terms(self) -> bool:
+        kinds = [batch.kind for batch in self.batches if batch.kind is not None]
+        return sum(kind.numel() for kind in kinds) * math.prod(self.side) * 4 <= _TERM_BYTES
 
 
 _plans: WeakKeyDictionary[Mask, dict[tuple[int, int, int, torch.device], Plan]] = WeakKeyDictionary()
@@ -206,11 +217,12 @@ class _Cut:
         whole &= mostly[:, None]
         rest = self.needed & ~whole
         cells = _masks(self, mask, rest, kind)
-        budget = _PAIRS * torch.get_num_threads() // (self.rows * bq * bk * groups)
+        budget = _PAIRS * torch.get_num_threads() // groups
+        units = budget // (self.rows * bq * bk)
         # only masked tiles can be padded
-        batches = [self._batch(tiles, whole[tiles], None, False) for tiles in _alike(whole.sum(1), None, 1.0, budget)]
+        batches = [self._batch(tiles, whole[tiles], None, False) for tiles in _alike(whole.sum(1), None, 1.0, units)]
         for wanted, joins in ((rest & ~mostly[:, None], False), (rest & mostly[:, None], True)):
-            for tiles in _alike(wanted.sum(1), cells.signature, _SLACK, budget):
+            for tiles in _alike(wanted.sum(1), cells.signature, _SLACK, units):
                 batches.append(self._batch(tiles, wanted[tiles], cells, joins))
         computed = sum(batch.keys.numel() for batch in batches) * self.rows * bq * bk
         return Plan(
@@ -220,6 +232,7 @@ class _Cut:
             s.num_query_blocks % self.span != 0,
             computed / (s.n * s.m * s.batch * s.heads),
             self.cost,
+            budget,
         )
 
     def _batch(self, tiles: Tensor, wanted: Tensor, cells: "_Cells | None", joins: bool) -> Batch:
@@ -233,8 +246,10 @@ class _Cut:
         queries = queries.clamp(max=self.structure.num_query_blocks)
         layer = tiles // self.per_layer
         runs = _run(layer, queries), _run(layer, keys)
+        pairs = queries.numel() * width * math.prod(self.structure.block_size)
         if cells is None:
-            return Batch(layer, queries, keys, None, torch.zeros(3, 0, dtype=torch.int64), None, *runs, joins)
+            nothing = torch.zeros(3, 0, dtype=torch.int64)
+            return Batch(layer, queries, keys, None, nothing, None, *runs, joins, pairs)
         local, own = cells.of(tiles)
         kind = torch.full((len(tiles), self.rows, width), NONE, dtype=torch.uint8)
         number = torch.full(kind.shape, -1)
@@ -247,9 +262,8 @@ class _Cut:
             if torch.equal(each, each[:1].expand_as(each)):
                 kind, some, pattern = kind[:1], some[:1], each[0].clone()
         visible = bool((kind == ALL).all())
-        return Batch(
-            layer, queries, keys, None if visible else kind, some.nonzero().T.contiguous(), pattern, *runs, joins
-        )
+        partial = some.nonzero().T.contiguous()
+        return Batch(layer, queries, keys, None if visible else kind, partial, pattern, *runs, joins, pairs)
 
 
 @dataclass(frozen=True, eq=False)

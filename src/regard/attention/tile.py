@@ -1,9 +1,8 @@
 """One dense tile of attention, forward and backward: the unit of work of `sdpa` and `blocks`.
 
-Shapes: q (L, G, n, D); k, v (L, G, m, D); additive mask broadcastable to (L, G, n, m) and float32 or wider, or None.
-L counts independent problems (batch x key heads), G the query heads that share a key head, so k and v may be expanded
-(stride 0) along G. On CPU the tile is torch's own fused kernel, called directly because it also returns the
-log-sum-exp; elsewhere it is written out in matrix products.
+Shapes: q (L, G, n, D); k, v (L, K, m, D), where K divides G; additive mask broadcastable to (L, G, n, m) and float32 or
+wider, or None. L counts independent problems, G query heads and K key heads. On CPU the tile is torch's own fused
+kernel, called directly because it also returns the log-sum-exp; elsewhere it is written out in matrix products.
 """
 
 from typing import Any
@@ -34,6 +33,7 @@ def forward(
         if mask is not None:  # the kernel reports 0 for rows that see nothing
             lse = lse.masked_fill(mask.amax(-1) == -torch.inf, -torch.inf)
         return out, lse
+    k, v = (_spread(x, q.shape[1]) for x in (k, v))
     s = _scores(q, k, mask, scale, causal)
     lse = s.logsumexp(-1)
     return (_weights(s, lse) @ v.to(s.dtype)).to(v.dtype), lse
@@ -56,8 +56,7 @@ def backward(
     Where ``out`` and ``lse`` come from more keys than the tile holds, the result is the tile's share of the gradients.
     """
     if not _has_kernel(q):
-        weights, ds = _grad_scores(grad_out, grad_lse, q, k, v, out, lse, mask, scale, causal)
-        return _from_grad_scores(grad_out, q, k, weights, ds, scale)
+        return backward_with_scores(grad_out, grad_lse, q, k, v, out, lse, mask, scale, causal)[:3]
     lse = lse.masked_fill(lse == -torch.inf, 0.0)
     dim = q.shape[-1]
     if grad_lse is not None:
@@ -83,10 +82,24 @@ def backward_with_scores(
     lse: Tensor,
     mask: Tensor | None,
     scale: float,
+    causal: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dq, dk, dv, ds) of a tile; ds (L, G, n, m) is the gradient of the scores, which a learnt bias needs."""
-    weights, ds = _grad_scores(grad_out, grad_lse, q, k, v, out, lse, mask, scale, False)
-    return *_from_grad_scores(grad_out, q, k, weights, ds, scale), ds
+    kv_heads = k.shape[1]
+    k, v = (_spread(x, q.shape[1]) for x in (k, v))
+    weights, ds = _grad_scores(grad_out, grad_lse, q, k, v, out, lse, mask, scale, causal)
+    dq, dk, dv = _from_grad_scores(grad_out, q, k, weights, ds, scale)
+    return dq, _gather(dk, kv_heads), _gather(dv, kv_heads), ds
+
+
+def _spread(x: Tensor, heads: int) -> Tensor:
+    """Each key head, (L, K, m, D), for all its query heads: (L, heads, m, D)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _gather(grad: Tensor, kv_heads: int) -> Tensor:
+    """The gradient of each key head from those of its query heads."""
+    return grad if grad.shape[1] == kv_heads else grad.unflatten(1, (kv_heads, -1)).sum(2)
 
 
 def _grad_scores(
