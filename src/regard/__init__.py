@@ -15,6 +15,8 @@ _EXPORTS = {
     "merge": "regard.attention",
     "Partial": "regard.attention",
     "select": "regard.select",
+    "create": "regard.mechanisms",
+    "from_official": "regard.mechanisms",
     "apply": "regard.sites",
     "compare": "regard.study",
     "catalog": "regard.catalog",
@@ -27,6 +29,8 @@ __all__ = [
     "attention",
     "catalog",
     "compare",
+    "create",
+    "from_official",
     "masks",
     "merge",
     "select",
@@ -35,6 +39,7 @@ __all__ = [
 if TYPE_CHECKING:
     from regard import attention, catalog, masks, select
     from regard.attention import Partial, merge
+    from regard.mechanisms import create, from_official
     from regard.sites import apply
     from regard.study import compare
 

@@ -1,5 +1,5 @@
 """Position encodings: functions of tensors and positions, free of any model."""
 
-from regard.positions.rotary import rotate, unrotate
+from regard.positions.rotary import rotary_angles, rotate, unrotate
 
-__all__ = ["rotate", "unrotate"]
+__all__ = ["rotary_angles", "rotate", "unrotate"]

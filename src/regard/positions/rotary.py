@@ -9,6 +9,30 @@ compute them. They may cover only the first `rotary_dim` channels (partial rotar
 import torch
 from torch import Tensor
 
+from regard.errors import ArgumentError
+
+
+def rotary_angles(positions: Tensor, dim: int, theta: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles ``p · theta^(-2i/dim)``.
+
+    Args:
+        positions: (..., N), any integer or floating type.
+        dim: channels to be rotated, even.
+        theta: base of the frequencies.
+
+    Returns:
+        Two float32 tensors (..., N, dim); the second half of the channels repeats the first.
+
+    Raises:
+        ArgumentError: dim is odd.
+    """
+    if dim % 2:
+        raise ArgumentError(f"dim: rotary embedding turns pairs of channels, {dim} is odd")
+    frequencies = theta ** (-torch.arange(0, dim, 2, device=positions.device, dtype=torch.float32) / dim)
+    angles = positions.to(torch.float32).unsqueeze(-1) * frequencies
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
 
 def _rotate_half(x: Tensor) -> Tensor:
     x1, x2 = x.chunk(2, dim=-1)
@@ -19,7 +43,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate `x` (..., N, D) by the angles in `cos`, `sin` (..., N, rotary_dim), which broadcast against it."""
     rotary_dim = cos.shape[-1]
     turned, rest = x[..., :rotary_dim], x[..., rotary_dim:]
-    turned = turned * cos + _rotate_half(turned) * sin
+    turned = (turned * cos + _rotate_half(turned) * sin).to(x.dtype)
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 

@@ -1,0 +1,1 @@
+"""Networks built from the mechanisms, one file each, by domain."""
