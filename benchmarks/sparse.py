@@ -1,6 +1,6 @@
 """Block-sparse attention against dense SDPA and compiled FlexAttention, side by side.
 
-    python benchmarks/sparse.py [--quick] [--no-flex] [--lengths 8192] [--threads 2]
+    python benchmarks/sparse.py [--quick] [--no-flex] [--lengths 8192] [--threads 1 --cpu-time]
 
 For every pattern and density: the time of ``backend="blocks"`` over the time of dense attention (forward, and forward
 plus backward), next to the goal ``density / 0.7``, and over the time of compiled FlexAttention (forward only: on CPU it
@@ -84,17 +84,17 @@ def _closest(found: Iterator[Mask], n: int, density: float) -> Mask:
 class Race:
     """Times several functions in turn, so that what disturbs one disturbs all."""
 
-    def __init__(self, runs: int):
-        self.runs = runs
+    def __init__(self, runs: int, clock: Callable[[], float] = time.perf_counter):
+        self.runs, self.clock = runs, clock
 
     def __call__(self, **functions: Callable[[], object]) -> dict[str, float]:
         times: dict[str, list[float]] = {name: [] for name in functions}
         for run in range(self.runs + 1):
             for name, function in functions.items():
-                start = time.perf_counter()
+                start = self.clock()
                 function()
                 if run:  # the first round warms up
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(self.clock() - start)
         return {name: median(each) for name, each in times.items()}
 
 
@@ -104,6 +104,9 @@ def main() -> None:
     parser.add_argument("--no-flex", action="store_true", help="leave FlexAttention out (it compiles for long)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384])
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="processor time instead of wall time, where other work runs beside"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -114,8 +117,10 @@ def main() -> None:
     console = Console(width=100)
     console.print(
         f"{platform.machine()} {_processor()}, {args.threads} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; float32, batch 1, {HEADS} heads of {DIM}; median of {runs}"
+        f"Python {platform.python_version()}; float32, batch 1, {HEADS} heads of {DIM}; "
+        f"{'processor' if args.cpu_time else 'wall'} time, median of {runs}"
     )
+    race = Race(runs, time.process_time if args.cpu_time else time.perf_counter)
     missed = []
     for n in lengths:
         table = Table(title=f"N = {n}: time over dense time (goal: density / {GOAL_SHARE})", title_justify="left")
@@ -124,7 +129,7 @@ def main() -> None:
         for name, make in PATTERNS.items():
             for density in densities:
                 with console.status(f"{name}, N = {n}, density {density}"):
-                    row, met = measure(make(n, density), n, Race(runs), not args.no_flex)
+                    row, met = measure(make(n, density), n, race, not args.no_flex)
                 table.add_row(name, *row)
                 if not met:
                     missed.append(f"{name} at N = {n}, density {row[0]}")
