@@ -11,7 +11,6 @@ import pytest
 import regard
 from regard import catalog
 from regard.catalog import System
-from regard.cli.info import argument_help
 from regard.cli.main import main
 
 
@@ -95,36 +94,6 @@ def test_info_of_a_working_system_shows_how_to_use_it(run, works: System) -> Non
     assert "from regard.methods.language.power_attention import PowerAttention" in text
     assert "block_size=32 tokens per block" in text
     assert "layers=None indices of the layers to act on; all by default." in text
-
-
-def test_argument_help_reads_args_sections() -> None:
-    class Base:
-        """A base.
-
-        Args:
-            layers: which layers.
-            size: overridden below.
-        """
-
-    class Child(Base):
-        """A child.
-
-        Args:
-            size (int): how large,
-                in tokens: a number.
-            rate, decay: how fast.
-
-        Returns:
-            other: not an argument.
-        """
-
-    assert argument_help(Child) == {
-        "layers": "which layers.",
-        "size": "how large, in tokens: a number.",
-        "rate": "how fast.",
-        "decay": "how fast.",
-    }
-    assert argument_help(len) == {}
 
 
 @pytest.mark.parametrize(

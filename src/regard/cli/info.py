@@ -1,8 +1,7 @@
 """`regard info`: all the catalogue says about one system, and the arguments of what implements it."""
 
 import inspect
-import re
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from regard import catalog
 from regard.catalog import System
+from regard.catalog.page import argument_help
 
 
 def info(slug: Annotated[str, typer.Argument(help="A system's name as `regard list` shows it.")]) -> None:
@@ -66,16 +66,3 @@ def _arguments(signature: inspect.Signature, help_texts: dict[str, str]) -> Tabl
         default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}"
         table.add_row(Text(f"{name}{default}"), Text(help_texts.get(name, "")))
     return table
-
-
-def argument_help(implementation: Any) -> dict[str, str]:
-    """What the ``Args:`` section of a docstring says about each argument; bases fill in what a class leaves out."""
-    found: dict[str, str] = {}
-    for owner in reversed(getattr(implementation, "__mro__", (implementation,))):
-        section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE)
-        if section is None:
-            continue
-        entry = r"^ {4}(\w+(?:, \w+)*)(?: \(.*?\))?: (.*(?:\n {8}.*)*)"  # "name: text" or "one, two (type): text"
-        for names, text in re.findall(entry, section[1], re.MULTILINE):
-            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
-    return found

@@ -25,12 +25,15 @@ class Mechanism(nn.Module, PyTorchModelHubMixin):
         cost: of `forward`, in terms of N, C and its own arguments.
         state: what streaming carries along: None (cannot stream), "constant" or "growing" with the tokens seen.
         causal: whether output t depends on tokens 0..t only.
+        example, example_length: what the example of the documentation page needs beside ``dim`` and ``num_heads``.
     """
 
     patterns: ClassVar[frozenset[Pattern]]
     cost: ClassVar[str]
     state: ClassVar[Literal["constant", "growing"] | None] = None
     causal: bool
+    example: ClassVar[dict[str, Any]] = {}
+    example_length: ClassVar[int] = 100
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         """The parallel form.

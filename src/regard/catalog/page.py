@@ -1,0 +1,130 @@
+"""The documentation page of a working system, made from its entry, its docstring and its signature."""
+
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from regard.catalog.loader import System
+
+_USES = {
+    "self": "noncausal self-attention",
+    "causal-self": "causal self-attention",
+    "cross": "cross-attention",
+    "causal-cross": "causal cross-attention",
+}
+_STATES = {
+    None: "no: it has no streaming form",
+    "constant": "yes, with a state of constant size",
+    "growing": "yes, with a state that grows with the tokens seen",
+}
+
+
+def page(system: System) -> str:
+    """Markdown: what it is, its paper, an example, what it computes, its arguments, cost and limits.
+
+    Raises:
+        Unsupported: the system is planned.
+    """
+    found = system.load()
+    doc = inspect.getdoc(found) or ""
+    first = re.search(r"^(Args|Returns|Raises|Attributes):$", doc, re.MULTILINE)
+    parts = [f"# {system.name} (`{system.slug}`)", system.summary, _paper(system)]
+    parts += ["## Example", f"```python\n{example(system)}\n```"]
+    parts += ["## What it computes", _prose((doc[: first.start()] if first else doc).strip())]
+    if facts := list(_facts(found)):
+        parts += ["## Use and cost", "\n".join(f"- **{name}**: {value}" for name, value in facts)]
+    if table := list(_arguments(found)):
+        parts += ["## Arguments", "\n".join(["| argument | default | meaning |", "|---|---|---|", *table])]
+    return "\n\n".join(parts) + "\n"
+
+
+def example(system: System) -> str:
+    """About ten lines of Python that run as they stand for a mechanism, and show the way for anything else."""
+    found = system.load()
+    if getattr(found, "patterns", None):
+        return "\n".join(_mechanism_example(system.slug, found))
+    module, _, attribute = (system.object or "").partition(":")
+    lines = ["import regard", f"from {module} import {attribute}"]
+    if hasattr(found, "attend"):  # a method
+        return "\n".join(
+            [*lines, "", f"with regard.apply(model, {attribute}()):", "    model.generate(**inputs, max_new_tokens=64)"]
+        )
+    required = ", ".join(f"{p.name}=..." for p in _parameters(found) if p.default is p.empty)
+    return "\n".join([*lines, "", f"{_snake(attribute)} = {attribute}({required})"])
+
+
+def _mechanism_example(slug: str, cls: Any) -> Iterator[str]:
+    accepted = {p.name for p in _parameters(cls)}
+    given = {name: value for name, value in {"dim": 64, "num_heads": 4}.items() if name in accepted} | cls.example
+    arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+    yield from ("import regard", "import torch", "")
+    yield f'layer = regard.create("{slug}"{arguments})'
+    yield f"x = torch.randn(2, {cls.example_length}, {given.get('dim', 64)})  # (batch, tokens, channels)"
+    yield "y = layer(x)"
+    if "cross" in cls.patterns:
+        yield ""
+        both = "causal" in accepted
+        yield f'reader = regard.create("{slug}"{arguments}{", causal=False" if both else ""})'
+        yield f"y = reader(x, torch.randn(2, 50, {given.get('dim', 64)}))  # x reads another sequence"
+    if cls.state is not None:
+        yield ""
+        yield "state = None  # the same outputs, a few tokens at a time"
+        yield f"for piece in x.split({max(1, cls.example_length // 4)}, dim=1):"
+        yield "    y, state = layer.stream(piece, state)"
+
+
+def _paper(system: System) -> str:
+    published = system.venue or str(system.year or "unpublished")
+    paper = f"Paper: *{system.title}*" + (f", arXiv:{system.arxiv}" if system.arxiv else "")
+    code = f"Published code: {system.official} on GitHub." if system.official else "No code was published."
+    return f"{paper} ({published}). {code}"
+
+
+def _facts(found: Any) -> Iterator[tuple[str, str]]:
+    if getattr(found, "patterns", None):
+        yield "legitimate uses", ", ".join(_USES[use] for use in _USES if use in found.patterns)
+        yield "cost", found.cost
+        yield "streams", _STATES[found.state]
+
+
+def _arguments(found: Any) -> Iterator[str]:
+    documented = argument_help(found)
+    for parameter in _parameters(found):
+        default = "" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
+        meaning = documented.get(parameter.name, "").replace("|", "\\|")
+        yield f"| `{parameter.name}` | {default} | {meaning} |"
+
+
+def _parameters(found: Any) -> list[inspect.Parameter]:
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    return [p for p in inspect.signature(found).parameters.values() if p.kind not in kinds]
+
+
+def argument_help(implementation: Any) -> dict[str, str]:
+    """What the ``Args:`` sections of docstrings say about each argument; bases fill in what a class leaves out."""
+    found: dict[str, str] = {}
+    for owner in reversed(getattr(implementation, "__mro__", (implementation,))):
+        section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)*)", inspect.cleandoc(owner.__doc__ or ""), re.MULTILINE)
+        if section is None:
+            continue
+        entry = r"^ {4}(\w+(?:, \w+)*)(?: \(.*?\))?: (.*(?:\n {8}.*)*)"  # "name: text" or "one, two (type): text"
+        for names, text in re.findall(entry, section[1], re.MULTILINE):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
+    return found
+
+
+def _prose(text: str) -> str:
+    """Docstring to Markdown: indented equations become code blocks, double backquotes single ones."""
+    blocks = []
+    for block in re.split(r"\n\s*\n", text):
+        lines = block.split("\n")
+        if all(line.startswith("    ") or not line.strip() for line in lines):
+            blocks.append("```text\n" + inspect.cleandoc("\n" + block) + "\n```")
+        else:
+            blocks.append(block.replace("``", "`"))
+    return "\n\n".join(blocks)
+
+
+def _snake(name: str) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,31 @@
+"""Writes the page of every working system: ``python -m regard.catalog.write_pages docs/systems``."""
+
+import sys
+from pathlib import Path
+
+from regard import catalog
+from regard.catalog.page import page
+
+
+def pages() -> dict[str, str]:
+    """File name to contents, with an index."""
+    working = catalog.systems(status="works")
+    files = {f"{system.slug}.md": page(system) for system in working}
+    rows = [f"| [{s.slug}]({s.slug}.md) | {s.name} | {s.family} | {s.paper} |" for s in working]
+    head = ["# The systems that work", "", "| slug | system | family | paper |", "|---|---|---|---|"]
+    return {"README.md": "\n".join([*head, *rows]) + "\n", **files}
+
+
+def main(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    written = pages()
+    for old in folder.glob("*.md"):
+        if old.name not in written:
+            old.unlink()
+    for name, text in written.items():
+        (folder / name).write_text(text)
+    print(f"{len(written)} pages in {folder}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,76 @@
+"""The documentation pages: they are up to date, say what they should, and their examples run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from regard import catalog
+from regard.catalog.page import argument_help, example, page
+from regard.catalog.write_pages import pages
+from regard.errors import Unsupported
+
+FOLDER = Path(__file__).parents[2] / "docs" / "systems"
+WORKING = catalog.systems(status="works")
+
+
+def test_the_committed_pages_are_what_the_code_says() -> None:
+    """`make docs` writes them."""
+    assert {path.name: path.read_text() for path in FOLDER.glob("*.md")} == pages()
+
+
+@pytest.mark.parametrize("system", WORKING, ids=[system.slug for system in WORKING])
+def test_a_page_says_what_it_is_and_explains_its_arguments(system) -> None:
+    text = page(system)
+    for heading in ("## Example", "## What it computes"):
+        assert heading in text
+    assert system.paper in text
+    assert text.count("```") % 2 == 0
+
+
+@pytest.mark.parametrize("system", WORKING, ids=[system.slug for system in WORKING])
+def test_examples_are_python_and_those_of_mechanisms_run(system) -> None:
+    code = compile(example(system), system.slug, "exec")
+    if getattr(system.load(), "patterns", None):
+        torch.manual_seed(0)
+        names: dict[str, object] = {}
+        exec(code, names)
+        y = names["y"]
+        assert isinstance(y, torch.Tensor)
+        assert y.isfinite().all()
+
+
+def test_there_is_no_page_for_what_is_planned() -> None:
+    planned = catalog.systems(status="planned")[0]
+    with pytest.raises(Unsupported, match="planned"):
+        page(planned)
+
+
+def test_argument_help_reads_args_sections() -> None:
+    class Base:
+        """A base.
+
+        Args:
+            layers: which layers.
+            size: overridden below.
+        """
+
+    class Child(Base):
+        """A child.
+
+        Args:
+            size (int): how large,
+                in tokens: a number.
+            rate, decay: how fast.
+
+        Returns:
+            other: not an argument.
+        """
+
+    assert argument_help(Child) == {
+        "layers": "which layers.",
+        "size": "how large, in tokens: a number.",
+        "rate": "how fast.",
+        "decay": "how fast.",
+    }
+    assert argument_help(len) == {}
