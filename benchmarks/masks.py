@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from race import machine
 from regard import masks
 from regard.masks import Mask
 
@@ -109,13 +109,6 @@ def measure(name: str, n: int, block_size: int, threads: int) -> dict[str, float
     }
 
 
-def machine() -> str:
-    """The processor's name, as far as the system tells."""
-    cpuinfo = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help="masks to measure; all if none")
@@ -132,8 +125,7 @@ def main() -> None:
 
     console = Console(width=100)
     console.print(
-        f"{machine()}, {args.threads} thread(s), Python {platform.python_version()}, torch {torch.__version__}\n"
-        f"{args.tokens:,} tokens, blocks of {args.block_size}, median of {REPEATS} builds"
+        f"{machine(args.threads)}\n{args.tokens:,} tokens, blocks of {args.block_size}, median of {REPEATS} builds"
     )
     table = Table()
     table.add_column("mask")

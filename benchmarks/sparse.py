@@ -10,16 +10,15 @@ goes. Planning and compilation are done before timing; the time to plan has its 
 
 import argparse
 import math
-import platform
 import time
 from collections.abc import Callable, Iterator
-from statistics import median
 
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from race import Race, machine
 from regard import masks
 from regard.attention import attention
 from regard.attention.blocks import prepare
@@ -81,23 +80,6 @@ def _closest(found: Iterator[Mask], n: int, density: float) -> Mask:
     return min(found, key=lambda mask: abs(math.log(mask.density(n, n) / density)))
 
 
-class Race:
-    """Times several functions in turn, so that what disturbs one disturbs all."""
-
-    def __init__(self, runs: int, clock: Callable[[], float] = time.perf_counter):
-        self.runs, self.clock = runs, clock
-
-    def __call__(self, **functions: Callable[[], object]) -> dict[str, float]:
-        times: dict[str, list[float]] = {name: [] for name in functions}
-        for run in range(self.runs + 1):
-            for name, function in functions.items():
-                start = self.clock()
-                function()
-                if run:  # the first round warms up
-                    times[name].append(self.clock() - start)
-        return {name: median(each) for name, each in times.items()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one length, three densities, fewer runs")
@@ -116,8 +98,7 @@ def main() -> None:
 
     console = Console(width=100)
     console.print(
-        f"{platform.machine()} {_processor()}, {args.threads} threads, torch {torch.__version__}, "
-        f"Python {platform.python_version()}; float32, batch 1, {HEADS} heads of {DIM}; "
+        f"{machine()}; float32, batch 1, {HEADS} heads of {DIM}; "
         f"{'processor' if args.cpu_time else 'wall'} time, median of {runs}"
     )
     race = Race(runs, time.process_time if args.cpu_time else time.perf_counter)
@@ -167,7 +148,7 @@ def measure(mask: Mask, n: int, race: Race, with_flex: bool) -> tuple[list[str],
             contest["flex"] = lambda: forward(mask=mask, backend="flex")
         except Unsupported:
             pass
-    t = race(**contest)
+    t = race(contest)
     goal = density / GOAL_SHARE
     ratios = t["blocks"] / t["dense"], t["blocks both"] / t["dense both"]
     versus = t["blocks"] / t["flex"] if "flex" in t else None
@@ -182,14 +163,6 @@ def measure(mask: Mask, n: int, race: Race, with_flex: bool) -> tuple[list[str],
         "-" if versus is None else f"{versus:.2f}",
         f"{planning * 1e3:.0f}",
     ], met
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as info:
-            return next(line.split(":", 1)[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":
