@@ -85,7 +85,7 @@ class Plan:
 
 
 _plans: WeakKeyDictionary[Mask, dict[tuple[int, int, int, torch.device], Plan]] = WeakKeyDictionary()
-_kept: deque[Mask] = deque(maxlen=32)  # equal masks are often made anew for every call; this keeps their plans alive
+_kept: deque[Mask] = deque(maxlen=16)  # equal masks are often made anew for every call; this keeps their plans alive
 
 
 def plan(mask: Mask, n: int, m: int, groups: int, device: torch.device) -> Plan:

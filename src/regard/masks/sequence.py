@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -64,8 +65,8 @@ class Band(Interval):
 
     def intersect(self, other: Band) -> Band | None:
         """The band of differences that both bands hold; None if there are none."""
-        least = max((x for x in (self.least, other.least) if x is not None), default=None)
-        most = min((x for x in (self.most, other.most) if x is not None), default=None)
+        least = _tighter(max, self.least, other.least)
+        most = _tighter(min, self.most, other.most)
         return None if least is not None and most is not None and least > most else Band(least, most)
 
     def moved(self, offset: int) -> Band:
@@ -83,6 +84,13 @@ class Band(Interval):
             case int(least), int(most) if least == -most:
                 return f"sliding_window({most + 1})"
         return f"band({self.least}, {self.most})"
+
+
+def _tighter(choose: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
+    """The choice of two bounds, of which None is no bound."""
+    if a is None or b is None:
+        return b if a is None else a
+    return choose(a, b)
 
 
 @dataclass(frozen=True, repr=False)
