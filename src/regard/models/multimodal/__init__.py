@@ -1,0 +1,1 @@
+"""Models for more than one kind of input."""
