@@ -9,10 +9,11 @@ from torch import Tensor, nn
 from regard import catalog
 from regard.errors import ArgumentError, Unsupported
 from regard.mechanisms.base import Mechanism
+from regard.mechanisms.heads.latent import MultiHeadLatentAttention
 from regard.mechanisms.softmax import SoftmaxAttention
 
 #: what the literature is compared with, and has no entry in the catalogue
-BASELINES: dict[str, type[Mechanism]] = {"softmax": SoftmaxAttention}
+BASELINES: dict[str, type[Mechanism]] = {"softmax": SoftmaxAttention, "mla": MultiHeadLatentAttention}
 
 
 def create(name: str, **config: Any) -> nn.Module:
