@@ -1,0 +1,1 @@
+"""Mechanisms for video and other token grids that attend in windows, pooled copies and cached descriptors."""
