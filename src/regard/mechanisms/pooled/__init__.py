@@ -1,0 +1,1 @@
+"""Mechanisms that go through, or end in, a few pooled vectors."""
