@@ -1,0 +1,1 @@
+"""Mechanisms that reweight tokens or channels without comparing pairs of them."""
