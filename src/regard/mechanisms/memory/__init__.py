@@ -1,0 +1,1 @@
+"""Memories that are written while the sequence is read."""
