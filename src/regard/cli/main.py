@@ -11,6 +11,7 @@ import regard
 from regard.cli.compare import compare
 from regard.cli.info import info
 from regard.cli.list import list_systems
+from regard.cli.study import study
 from regard.errors import ArgumentError, MissingExtra, ShapeError, Unsupported
 
 #: what a user can cause and mend; anything else is a bug and keeps its traceback
@@ -26,6 +27,7 @@ app = typer.Typer(
 app.command("compare")(compare)
 app.command("list")(list_systems)
 app.command("info")(info)
+app.add_typer(study, name="study")
 
 
 def _print_version(wanted: bool) -> None:
