@@ -24,10 +24,13 @@ def sequence(
     """Train the same small decoder with each mechanism on recall, copying, bytes and a needle."""
     from rich.progress import Progress
 
+    from regard.mechanisms.registry import module_class
     from regard.study import sequence as runner
 
     settings = runner.Settings(steps=steps, seed=seed)
     chosen = [m.strip() for m in mixers.split(",") if m.strip()] or list(runner.causal_mixers())
+    for name in chosen:
+        module_class(name)  # a name that does not exist is refused before anything is trained
     with Progress(transient=True) as progress:
         bar = progress.add_task("", total=steps)
         cells = runner.run_sequence(

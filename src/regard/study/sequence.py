@@ -92,7 +92,7 @@ def run_sequence(
         old = json.loads(store.read_text())
         if old["settings"] != configured:
             raise ArgumentError(f"store: {str(store)!r} holds results of other settings; name another file")
-        cells = [Cell(**cell) for cell in old["cells"]]
+        cells = [Cell(**cell) for cell in old["cells"] if cell["error"] is None]  # failures get another try
     for mixer in mixers:
         for task in tasks:
             if any((cell.mixer, cell.task) == (mixer, task.name) for cell in cells):
