@@ -13,7 +13,7 @@ DIM = 6
 
 def layer(qk: QK = "separate", vo: VO = "full", num_heads: int = 1, bias: bool = False, **changes) -> ReducedAttention:
     torch.manual_seed(0)
-    module = ReducedAttention(DIM, num_heads, qk, vo, bias, **changes).double()
+    module = ReducedAttention(DIM, num_heads, qk, vo, bias, **{"causal": False, **changes}).double()
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()

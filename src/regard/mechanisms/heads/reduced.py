@@ -51,7 +51,7 @@ class ReducedAttention(Mechanism):
         qk: QK = "separate",
         vo: VO = "full",
         bias: bool = False,
-        causal: bool = False,
+        causal: bool = True,
     ):
         super().__init__()
         for name, value, known in (("qk", qk, QK.__args__), ("vo", vo, VO.__args__)):  # type: ignore[attr-defined]

@@ -89,7 +89,7 @@ class ReducedTransformer(nn.Module, PyTorchModelHubMixin):
         inner: VO = "none" if vo == "shared" else vo
         self.blocks = nn.Sequential(
             *(
-                ReducedBlock(ReducedAttention(dim, num_heads, qk, inner, bias), mlp, norm, residual)
+                ReducedBlock(ReducedAttention(dim, num_heads, qk, inner, bias, causal=False), mlp, norm, residual)
                 for _ in range(depth)
             )
         )
