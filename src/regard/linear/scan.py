@@ -137,7 +137,8 @@ def _recurrent(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s: Tensor, chu
 def _parallel(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     if q.shape[2] == 0:
         return q @ s, s
-    return _chunks(*(t.unsqueeze(2) for t in (q, k, v)), None if g is None else g.unsqueeze(2), s)
+    one = None if g is None else g.unsqueeze(2)
+    return _chunks(q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), one, s)
 
 
 def _chunked(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, s: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:

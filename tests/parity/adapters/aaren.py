@@ -11,7 +11,7 @@ ATOL = 1e-5
 
 
 def check(golden: Golden) -> Iterable[Comparison]:
-    # the oracle is in float64, and the values of x_large are so large that float32 alone would be 6e-5 off
+    # The oracle is in float64 and stored in float32, which at the size of y_large is a grain of 3e-5.
     layer = regard.from_official("aaren", golden.state(), **golden.kwargs).double()
     x = golden.inputs["x"].double().requires_grad_()
     y, state = layer.stream(x)
@@ -20,4 +20,4 @@ def check(golden: Golden) -> Iterable[Comparison]:
     # the peak is a running maximum here as there, so the sums are relative to the same number
     for name, part in zip("mca", state, strict=True):
         yield golden.compare(f"state_{name}", part, atol=ATOL)
-    yield golden.compare("y_large", layer(golden.inputs["x_large"].double()), atol=ATOL)
+    yield golden.compare("y_large", layer(golden.inputs["x_large"].double()).float(), atol=ATOL)
