@@ -11,7 +11,8 @@ ATOL = 1e-5
 
 
 def check(golden: Golden) -> Iterable[Comparison]:
-    # The oracle is in float64 and stored in float32, which at the size of y_large is a grain of 3e-5.
+    # The oracle is in float64, its weights and results are stored in float32: from the stored weights torch's own
+    # attention misses y_large (up to 444) by 1.5e-5 too, so that output is held to float32's grain.
     layer = regard.from_official("aaren", golden.state(), **golden.kwargs).double()
     x = golden.inputs["x"].double().requires_grad_()
     y, state = layer.stream(x)
@@ -20,4 +21,5 @@ def check(golden: Golden) -> Iterable[Comparison]:
     # the peak is a running maximum here as there, so the sums are relative to the same number
     for name, part in zip("mca", state, strict=True):
         yield golden.compare(f"state_{name}", part, atol=ATOL)
-    yield golden.compare("y_large", layer(golden.inputs["x_large"].double()).float(), atol=ATOL)
+    grain = torch.finfo(torch.float32).eps * golden.outputs["y_large"].abs().max().item()
+    yield golden.compare("y_large", layer(golden.inputs["x_large"].double()), atol=max(ATOL, grain))
