@@ -41,6 +41,7 @@ class KeyDrivenGQA(Mechanism):
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal-self"})
     cost: ClassVar[str] = "O(N² C)"
     state: ClassVar = "growing"
+    example: ClassVar[dict[str, Any]] = {"num_kv_heads": 2, "allocation": [3, 1], "causal": True}
     magnitudes: Tensor
 
     def __init__(

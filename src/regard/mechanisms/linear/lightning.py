@@ -1,6 +1,6 @@
 """Lightning attention: causal linear attention in which each head forgets at its own rate."""
 
-import math
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -11,10 +11,19 @@ from regard.errors import ArgumentError
 from regard.layers import load_strictly, merge_heads, per_head, split_heads
 from regard.linear import linear_attention
 from regard.mechanisms.base import Mechanism, Pattern
+from regard.positions import alibi_slopes
 
 SLOPES = ("alibi", "minimax")
 GATES = ("low-rank", "full", "linear")
 NORMS = ("layer", "rms", "simple")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "elu": F.elu,
+}
 
 
 class LightningState(NamedTuple):
@@ -39,7 +48,8 @@ class LightningAttention(Mechanism):
         slopes: "alibi", or "minimax", which differs where H is no power of two and by 1e-5 in the layers' rule.
         gate: sigmoid of a "low-rank" or a "full" linear map of x, or a "linear" map itself.
         norm: of the joined heads: "layer", "rms" or "simple" (rms without weights).
-        activate_values: SiLU on v too.
+        activation: of q and k: silu, relu, gelu, sigmoid or elu.
+        activate_values: apply it to v too.
         relative: learned rotary angles on q and k that double D (LRPE, arXiv:2307.09270).
     """
 
@@ -58,16 +68,22 @@ class LightningAttention(Mechanism):
         slopes: str = "alibi",
         gate: str = "low-rank",
         norm: str = "layer",
+        activation: str = "silu",
         activate_values: bool = True,
         relative: bool = False,
     ):
         super().__init__()
         self.head_dim, _ = per_head(dim, num_heads, head_dim)
-        for name, value, known in (("slopes", slopes, SLOPES), ("gate", gate, GATES), ("norm", norm, NORMS)):
+        for name, value, known in (
+            ("slopes", slopes, SLOPES),
+            ("gate", gate, GATES),
+            ("norm", norm, NORMS),
+            ("activation", activation, ACTIVATIONS),
+        ):
             if value not in known:
                 raise ArgumentError(f"{name}: expected one of {', '.join(known)}, got {value!r}")
         self.dim, self.num_heads, self.causal = dim, num_heads, True
-        self.activate_values, self.gate = activate_values, gate
+        self.activation, self.activate_values, self.gate = activation, activate_values, gate
         inner = num_heads * self.head_dim
         self.register_buffer("slopes", lightning_slopes(num_heads, layer_idx, num_layers, slopes), persistent=False)
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, inner, bias=False) for _ in range(3))
@@ -96,9 +112,8 @@ class LightningAttention(Mechanism):
     def _attend(self, x: Tensor, state: LightningState | None, valid: Tensor | None) -> tuple[Tensor, LightningState]:
         past = 0 if state is None else state.length
         q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = F.silu(q), F.silu(k)
-        if self.activate_values:
-            v = F.silu(v)
+        act = ACTIVATIONS[self.activation]
+        q, k, v = act(q), act(k), act(v) if self.activate_values else v
         if self.theta is not None:
             positions = torch.arange(past, past + x.shape[1], device=x.device, dtype=torch.float32)
             angles = self.theta * positions[:, None]  # (H, N, D)
@@ -134,6 +149,7 @@ class LightningAttention(Mechanism):
                 slopes="minimax",
                 gate="full",
                 norm="rms",
+                activation=official_kwargs.get("hidden_act", "silu"),
             )
             if (slopes := state.pop("slope_rate", None)) is not None:
                 module.slopes = slopes.flatten().float()
@@ -158,11 +174,9 @@ def lightning_slopes(num_heads: int, layer_idx: int = 0, num_layers: int = 1, ru
     if not 0 <= layer_idx < num_layers:
         raise ArgumentError(f"layer_idx: expected 0 to {num_layers - 1}, got {layer_idx}")
 
-    def powers(heads: int) -> list[float]:
-        return [2 ** (-8 * (h + 1) / heads) for h in range(heads)]
-
-    whole = num_heads if rule == "minimax" else 2 ** int(math.log2(num_heads))
-    slopes = powers(whole) + powers(2 * whole)[0::2][: num_heads - whole]
+    slopes = alibi_slopes(num_heads)
+    if rule == "minimax":
+        slopes = 2.0 ** (-8 * torch.arange(1, num_heads + 1) / num_heads)
     depth = num_layers - 1 + (1e-5 if rule == "minimax" else 0.0)
     factor = 1 - layer_idx / depth + 1e-5 if num_layers > 1 else 1.0
-    return torch.tensor(slopes) * factor
+    return slopes * factor

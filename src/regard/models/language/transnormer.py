@@ -6,7 +6,7 @@ from typing import Any
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from regard.errors import ShapeError
+from regard.errors import ShapeError, Unsupported
 from regard.layers import load_strictly
 from regard.mechanisms.linear.lightning import LightningAttention, SimpleRMSNorm
 
@@ -30,6 +30,8 @@ class TransNormerLLM(nn.Module, PyTorchModelHubMixin):
         vocab_size, dim, depth, num_heads, glu_dim: sizes.
         relative_layers: layers with learned relative positions; the first by default.
         scale_embedding: multiply embeddings by √dim.
+        head_dim: dim / num_heads by default.
+        activation: of queries and keys.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class TransNormerLLM(nn.Module, PyTorchModelHubMixin):
         glu_dim: int = 2816,
         relative_layers: Sequence[int] = (0,),
         scale_embedding: bool = True,
+        head_dim: int | None = None,
+        activation: str = "silu",
     ):
         super().__init__()
         self.scale = dim**0.5 if scale_embedding else 1.0
@@ -49,10 +53,12 @@ class TransNormerLLM(nn.Module, PyTorchModelHubMixin):
             LightningAttention(
                 dim,
                 num_heads,
+                head_dim,
                 layer_idx=layer,
                 num_layers=depth,
                 gate="linear",
                 norm="simple",
+                activation=activation,
                 activate_values=False,
                 relative=layer in relative_layers,
             )
@@ -74,15 +80,20 @@ class TransNormerLLM(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], **official_kwargs: Any) -> "TransNormerLLM":
         """The released ``TransnormerForCausalLM`` with ``norm_type="simplermsnorm"`` and without biases."""
-        depth = official_kwargs["decoder_layers"]
+        if (norm := official_kwargs.get("norm_type", "simplermsnorm")) != "simplermsnorm":
+            raise Unsupported(f"norm_type: only simplermsnorm is known, got {norm!r}")
+        depth, heads = official_kwargs["decoder_layers"], official_kwargs["decoder_attention_heads"]
+        inner = official_kwargs.get("hidden_dim", official_kwargs["decoder_embed_dim"])
         model = cls(
             official_kwargs["vocab_size"],
             official_kwargs["decoder_embed_dim"],
             depth,
-            official_kwargs["decoder_attention_heads"],
+            heads,
             official_kwargs["glu_dim"],
             [i for i, used in enumerate(official_kwargs["linear_use_lrpe_list"]) if used],
             not official_kwargs.get("no_scale_embedding", False),
+            inner // heads,
+            official_kwargs.get("linear_act_fun", "silu"),
         )
         state = dict(state_dict)
         names = {"model.embed_tokens": "embedding", "lm_head": "head"}
