@@ -1,0 +1,115 @@
+"""MoH: gates token by token in plain Python, budgets, and what it is when all gates are one."""
+
+import pytest
+import torch
+
+from regard.errors import ArgumentError
+from regard.mechanisms.heads.moh import MixtureOfHeadAttention, balance_loss
+
+
+def module(**config) -> MixtureOfHeadAttention:
+    torch.manual_seed(0)
+    return MixtureOfHeadAttention(
+        **{"dim": 16, "num_heads": 8, "shared_heads": 3, "routed_heads": 2, **config}
+    ).double()
+
+
+def tokens(n: int = 6) -> torch.Tensor:
+    return torch.randn(2, n, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_gates_of_each_token() -> None:
+    layer, x = module(), tokens()
+    layer(x)
+    for b in range(2):
+        for t in range(6):
+            p = (layer.wg.weight @ x[b, t]).softmax(0)
+            best = sorted(range(5), key=lambda i: -p[i])[:2]
+            routed = torch.zeros(5, dtype=torch.float64)
+            for i in best:
+                routed[i] = 2 * p[i] / sum(p[j] for j in best)
+            shared = 3 * (layer.wg_1.weight @ x[b, t]).softmax(0)
+            a = 2 * (layer.wg_0.weight @ x[b, t]).softmax(0)
+            torch.testing.assert_close(layer.last_routing.gates[b, t], torch.cat([a[0] * shared, a[1] * routed]))
+
+
+@pytest.mark.parametrize(("shared", "routed"), [(0, 3), (1, 2), (3, 2), (8, 0), (2, 6)])
+def test_every_token_uses_its_budget_and_gates_have_mean_one(shared: int, routed: int) -> None:
+    layer = module(shared_heads=shared, routed_heads=routed)
+    layer(tokens())
+    gates = layer.last_routing.gates
+    assert bool(((gates > 0).sum(-1) == shared + routed).all())
+    if shared and routed and shared > 1:
+        both = layer.wg_0(tokens()).softmax(-1)
+        torch.testing.assert_close(gates.sum(-1), 2 * (both[..., 0] * shared + both[..., 1] * routed))
+    elif shared != 1:
+        torch.testing.assert_close(gates.sum(-1), torch.full((2, 6), float(shared + routed), dtype=torch.float64))
+
+
+def test_query_norms_choose_without_weights() -> None:
+    layer, x = module(router="query_norm", shared_heads=4), tokens()
+    layer(x)
+    q = (x @ layer.q_proj.weight.T).unflatten(-1, (8, 2))
+    largest = q[:, :, 4:].norm(dim=-1).topk(2, dim=-1).indices
+    want = torch.zeros(2, 6, 4, dtype=torch.float64).scatter_(-1, largest, 1.0)
+    torch.testing.assert_close(layer.last_routing.gates, torch.cat([torch.ones_like(want), want], -1))
+    names = {name.split(".")[0] for name, _ in layer.named_parameters()}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_with_all_heads_at_one_it_is_multi_head_attention() -> None:
+    layer, x = module(router="query_norm", shared_heads=4, routed_heads=4), tokens()
+    q, k, v = (p(x).unflatten(-1, (8, 2)).transpose(1, 2) for p in (layer.q_proj, layer.k_proj, layer.v_proj))
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    torch.testing.assert_close(layer(x), layer.o_proj(want.transpose(1, 2).flatten(2)))
+
+
+def test_equal_norms_do_not_divide_by_zero() -> None:
+    layer = module(router="query_norm", shared_heads=4)
+    assert bool(layer(torch.zeros(1, 3, 16, dtype=torch.float64)).isfinite().all())
+
+
+def test_balance_loss_is_least_when_load_is_even() -> None:
+    layer = module(shared_heads=0, routed_heads=2)
+    with torch.no_grad():
+        layer.wg.weight.zero_()
+        layer.wg.weight[:2] = 5.0  # all tokens with a positive sum choose the first two
+    layer(tokens().abs())
+    crowded = balance_loss(layer)
+    routing = layer.last_routing
+    assert int(routing.mask.sum(-1).unique()) == 2
+    even = 8**2 * (1 / 8) * (2 / 8)
+    torch.testing.assert_close(crowded, torch.tensor(8.0 * (2 * 0.5 * 1.0), dtype=torch.float64), atol=1e-2, rtol=0)
+    assert crowded > even
+    crowded.backward()
+    assert layer.wg.weight.grad is not None
+
+
+def test_gradients() -> None:
+    layer = module(shared_heads=2, routed_heads=2, num_heads=4)
+    x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+def test_parameters_of_the_router() -> None:
+    plain = 4 * 64 * 64 + 64
+    layer = MixtureOfHeadAttention(64, 8, shared_heads=3, routed_heads=2)
+    assert sum(p.numel() for p in layer.parameters()) == plain + 64 * (5 + 3 + 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"shared_heads": 9}, "shared_heads: expected 0 to 8, got 9"),
+        ({"routed_heads": 6}, "routed_heads: expected 0 to 5, got 6"),
+        ({"router": "random"}, "router: expected one of"),
+    ],
+)
+def test_bad_arguments(config, message) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        module(**config)
+
+
+def test_there_is_no_loss_without_layers() -> None:
+    with pytest.raises(ArgumentError, match="found none"):
+        balance_loss(torch.nn.Linear(2, 2))
