@@ -61,6 +61,7 @@ def _table(systems: Sequence[System]) -> Table:
 
 def _counts(chosen: Sequence[System]) -> str:
     works = sum(system.works for system in chosen)
-    counts = f"{works} work, {len(chosen) - works} planned"
+    parts = [f"{count} {what}" for count, what in ((works, "work"), (len(chosen) - works, "planned")) if count]
+    counts = ", ".join(parts) or "none"
     total = len(catalog.names())
     return counts if len(chosen) == total else f"{counts}, of {total} in the catalogue"
