@@ -61,7 +61,6 @@ def _table(systems: Sequence[System]) -> Table:
 
 def _counts(chosen: Sequence[System]) -> str:
     works = sum(system.works for system in chosen)
-    parts = [f"{count} {what}" for count, what in ((works, "work"), (len(chosen) - works, "planned")) if count]
-    counts = ", ".join(parts) or "none"
+    counts = f"{works} work, {len(chosen) - works} planned"
     total = len(catalog.names())
     return counts if len(chosen) == total else f"{counts}, of {total} in the catalogue"
