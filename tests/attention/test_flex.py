@@ -51,3 +51,20 @@ def test_a_missing_compiler_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) ->
     x = make(1, 2, 2, 24, 24, 4, 4).to(torch.float32)
     with pytest.raises(Unsupported, match="could not compile FlexAttention here"), torch.no_grad():
         flex.run(checked(x.query, x.key, x.value, masks.sliding_window(5)))
+
+
+def test_rows_that_see_nothing_are_zero_whatever_the_kernel_leaves_there(monkeypatch) -> None:
+    """The CPU kernel's unwritten memory is NaN now and then; a NaN where keys are seen is the caller's own."""
+
+    def kernel(query, *args, **kwargs):
+        out = torch.ones_like(query)
+        out[:, :, :3] = torch.nan  # queries 0..2 see nothing under the mask below
+        out[0, 0, 7] = torch.nan
+        return out
+
+    monkeypatch.setattr(flex, "_compiled", lambda: kernel)
+    q = torch.randn(1, 2, 9, 4)
+    out = attention(q, q, q, mask=masks.causal().shift(-3), backend="flex")
+    assert torch.equal(out[:, :, :3], torch.zeros(1, 2, 3, 4))
+    assert bool(out[0, 0, 7].isnan().all())
+    assert bool((out[0, 1, 3:] == 1).all())

@@ -56,7 +56,27 @@ def run(p: Problem, return_lse: bool = False) -> Partial:
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, NotImplementedError) as error:
         summary = str(error).strip().partition("\n")[0]
         raise Unsupported(f"backend 'flex': torch could not compile FlexAttention here: {summary}") from error
-    return Partial(result[0], result[1].lse) if return_lse else Partial(result, p.query.new_empty(0))
+    if return_lse:
+        return Partial(result[0], result[1].lse)
+    return Partial(_without_debris(p, result), p.query.new_empty(0))
+
+
+def _without_debris(p: Problem, out: Tensor) -> Tensor:
+    """Zeros for queries that see nothing: on CPU the kernel multiplies unwritten memory by zero there, perhaps NaN.
+
+    NaNs of queries that do see keys come from the inputs and stay.
+    """
+    if p.device.type != "cpu" or p.mask is None:
+        return out
+    batch, head, query = out.isnan().any(-1).nonzero().unbind(1)
+    if not len(query):
+        return out
+    rows = batch[:, None], head[:, None], query[:, None]
+    allowed = structured(p)(rows[0], rows[1], rows[2], torch.arange(p.m)).broadcast_to(len(query), p.m)
+    unseen = ~allowed.any(1)
+    out = out.clone()
+    out[batch[unseen], head[unseen], query[unseen]] = 0.0
+    return out
 
 
 @cache
