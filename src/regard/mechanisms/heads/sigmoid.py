@@ -1,139 +1,50 @@
 """Sigmoid attention: every key is weighed by itself, without a softmax over the row."""
 
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from regard.attention.problem import Problem, checked
 from regard.errors import ArgumentError
 from regard.layers import MLP, load_strictly, merge_heads, per_head, split_heads, split_rows
-from regard.masks import Mask
-from regard.mechanisms.base import KV, Mechanism, Pattern, check_rate, legitimate, seen, visible
+from regard.layers.scale import LayerScale
+from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen
 from regard.positions import alibi_slopes, rotary_angles, rotate
 
-CHUNK = 1 << 21  # scores that live at once
-
-POWERS = {None: 0.0, "n": 1.0, "sqrt_n": 0.5}
-
-
-def sigmoid_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Mask | Tensor | None = None,
-    logit_bias: float | Tensor | None = None,
-    slopes: Tensor | None = None,
-    past: int = 0,
-    scale: float | None = None,
-    dropout: float = 0.0,
-    chunk_size: int | None = None,
-) -> Tensor:
-    """``σ(scale · q kᵀ + slope_h (j - i) + b | mask) v``, exact, a chunk of queries at a time, also in the backward.
-
-    Weights of different keys do not depend on each other: results over parts of the keys add up to the whole. A query
-    that sees nothing gets zeros.
-
-    Args:
-        query: (B, H, N, D).
-        key: (B, Hk, M, D), where Hk divides H.
-        value: (B, Hk, M, Dv).
-        mask: a `regard.masks.Mask` or a bool tensor broadcastable to (B, H, N, M), True = may be seen. Keys that a
-            chunk of queries cannot see are not computed where a `Mask` says so.
-        logit_bias: b, a number or a tensor that broadcasts to (B, H, N, 1); -ln M by default.
-        slopes: (H,) of ALiBi; linear in j - i, so that keys after the query are preferred where they are seen.
-        past: position of the first query among the keys.
-        scale: ``1/√D`` by default.
-        dropout: share of the weights that is dropped.
-        chunk_size: queries per chunk; by default so that a chunk has about two million scores.
-
-    Returns:
-        (B, H, N, Dv).
-
-    Raises:
-        ShapeError, ArgumentError: as `regard.attention`; chunk_size is less than 1.
-    """
-    p = checked(query, key, value, mask, None, scale)
-    if chunk_size is not None and chunk_size < 1:
-        raise ArgumentError(f"chunk_size: expected at least 1, got {chunk_size}")
-    bias = -math.log(max(p.m, 1)) if logit_bias is None else logit_bias
-    key, value = (t.repeat_interleave(p.groups, dim=1) if p.groups > 1 else t for t in (key, value))
-    rows = chunk_size or max(1, CHUNK // max(p.batch * p.heads * p.m, 1))
-
-    def chunk(
-        query: Tensor, key: Tensor, value: Tensor, bias: float | Tensor, start: int, low: int, high: int
-    ) -> Tensor:
-        stop = start + query.shape[2]
-        s = (query * p.scale @ key[:, :, low:high].mT).to(torch.promote_types(query.dtype, torch.float32))
-        if slopes is not None:
-            i = torch.arange(past + start, past + stop, device=s.device)
-            s = s + slopes.to(s)[:, None, None] * (torch.arange(low, high, device=s.device) - i[:, None])
-        s = s + (
-            bias[..., start:stop, :] if isinstance(bias, Tensor) and bias.dim() > 1 and bias.shape[-2] > 1 else bias
-        )
-        allowed = p.allowed(slice(start, stop))
-        if allowed is not None:
-            s = s.masked_fill(~(allowed if allowed.shape[-1] == 1 else allowed[..., low:high]), -torch.inf)
-        return F.dropout(s.sigmoid(), dropout).to(value.dtype) @ value[:, :, low:high]
-
-    if p.n <= rows:
-        return chunk(query, key, value, bias, 0, 0, p.m)
-    parts = []
-    for start in range(0, p.n, rows):
-        arguments = (query[:, :, start : start + rows], key, value, bias, start, *_reach(p, start, rows))
-        # scores are computed again in the backward instead of being kept for all chunks
-        parts.append(checkpoint(chunk, *arguments, use_reentrant=False) if p.needs_grad else chunk(*arguments))
-    return torch.cat(parts, 2)
-
-
-def _reach(p: Problem, start: int, rows: int) -> tuple[int, int]:
-    """An interval that holds all the keys which this chunk of queries sees."""
-    if not isinstance(p.mask, Mask) or torch.compiler.is_compiling():
-        return 0, p.m
-    low = torch.arange(0, p.m, rows, device=p.device)
-    high = (low + rows).clamp(max=p.m)
-    q0 = torch.full_like(low, start)
-    some, _ = p.mask.rect(q0, (q0 + rows).clamp(max=p.n), low, high)
-    some = some.broadcast_to(*some.shape[:-1], len(low)).reshape(-1, len(low)).any(0)
-    return (int(low[some][0]), int(high[some][-1])) if bool(some.any()) else (0, 0)
+NORMALISE = (None, "n", "sqrt_n")
+_CHUNK = 256  # queries at a time
 
 
 class SigmoidAttention(Mechanism):
-    """Attention with an elementwise sigmoid for the softmax (arXiv:2409.04431).
+    """Sigmoid self- and cross-attention (arXiv:2409.04431).
 
-        y_i = Wo [Σ_j σ(e^τ (q_i · k_j / √D + slope_h (j - i)) + b) v_j / r_i]_h        slopes with ALiBi only
+        p_ij = sigmoid((q_i·k_j / √D + slope_h (j - i)) exp(t) + b)
+        y_i  = Wo [Σ_j p_ij v_j]_h                               rows do not sum to one
 
-    Rows do not sum to one; b = -ln n makes them about 1/2 to 1 at the start, which is what lets it train, together with
-    normalised queries and keys. r_i = 1, or i, or √i (``normalise``), i counting from 1.
-
-    x (B, N, C) to (B, N, C). Exact. Cost O(N² C), memory of a chunk of queries; without a row statistic a key's weight
-    never changes when others are added, and results over parts of the keys add up.
+    x (B, N, C) to (B, N, C). The recommended b is -log n for sequences of n tokens, so that a row begins near a sum of
+    one; with ALiBi it may be 0. A key's weight does not change when others are added, so parts of the keys simply add
+    up. Exact, computed some queries at a time: no N×N tensor, in the backward neither.
 
     Args:
-        dim: C.
-        num_heads, num_kv_heads, head_dim: H, key heads (H by default) and D (C / H by default).
-        bias: of the four projections.
-        qk_norm: LayerNorm over each head of q and k, before the rotation.
-        v_norm: the same for v, as published for cross-attention.
-        logit_bias: b, or "-log_n": n is ``max_length`` if that is given, else the number of keys a query may see.
-        temperature: τ.
-        alibi: ALiBi's linear biases (arXiv:2108.12409).
-        rope_theta: base of the rotary angles; None leaves them out.
-        normalise: None, "n" (r = i) or "sqrt_n" (r = √i).
-        dropout: of the weights.
-        max_length: the training length n, for the bias; any length is accepted all the same.
+        dim, num_heads, num_kv_heads, head_dim: C, H, key heads and D.
+        bias: of the projections.
+        qk_norm, v_norm: LayerNorm over each head of q and k, of v (the paper's cross-attention has both).
+        logit_bias: b; by default ``-log(max_length)``, or 0 with ALiBi.
+        temperature: t.
+        alibi: linear biases (arXiv:2108.12409).
+        rope_theta: base of rotary angles; None for none.
+        normalise: divide row i (from 1) by "n" = i or "sqrt_n" = √i.
+        max_length: n of the default bias; sequences may be longer.
         causal: whether tokens see only earlier ones and themselves.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal-self", "cross"})
     cost: ClassVar[str] = "O(N² C)"
     state: ClassVar = "growing"
-
-    slopes: Tensor | None
+    logit_bias: Tensor
+    temperature: Tensor
 
     def __init__(
         self,
@@ -144,202 +55,228 @@ class SigmoidAttention(Mechanism):
         bias: bool = False,
         qk_norm: bool = True,
         v_norm: bool = False,
-        logit_bias: float | Literal["-log_n"] = "-log_n",
+        logit_bias: float | None = None,
         temperature: float = 0.0,
         alibi: bool = False,
         rope_theta: float | None = None,
-        normalise: Literal["n", "sqrt_n"] | None = None,
-        dropout: float = 0.0,
-        max_length: int | None = None,
+        normalise: str | None = None,
+        max_length: int = 1024,
         causal: bool = True,
     ):
         super().__init__()
-        self.dim, self.num_heads, self.causal = dim, num_heads, legitimate(self, causal)
         self.head_dim, self.num_kv_heads = per_head(dim, num_heads, head_dim, num_kv_heads)
-        if isinstance(logit_bias, str) and logit_bias != "-log_n":
-            raise ArgumentError(f"logit_bias: expected a number or '-log_n', got {logit_bias!r}")
-        if normalise not in POWERS:
-            raise ArgumentError(f"normalise: expected None, 'n' or 'sqrt_n', got {normalise!r}")
-        if max_length is not None and max_length < 1:
+        if normalise not in NORMALISE:
+            raise ArgumentError(f"normalise: expected n, sqrt_n or None, got {normalise!r}")
+        if max_length < 1:
             raise ArgumentError(f"max_length: expected at least 1, got {max_length}")
-        if max_length is not None and logit_bias == "-log_n":
-            logit_bias = -math.log(max_length)
-        self.logit_bias, self.temperature, self.rope_theta = logit_bias, temperature, rope_theta
-        self.normalise, self.dropout = normalise, check_rate("dropout", dropout)
-        kv_width = self.num_kv_heads * self.head_dim
+        self.dim, self.num_heads, self.causal = dim, num_heads, legitimate(self, causal)
+        self.rope_theta, self.normalise = rope_theta, normalise
+        if logit_bias is None:
+            logit_bias = 0.0 if alibi else -math.log(max_length)
+        self.register_buffer("logit_bias", torch.tensor([float(logit_bias)]))
+        self.register_buffer("temperature", torch.tensor([float(temperature)]))
+        self.alibi = alibi
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
-        self.k_proj, self.v_proj = (nn.Linear(dim, kv_width, bias=bias) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
-        self.q_norm, self.k_norm, self.v_norm = (
-            nn.LayerNorm(self.head_dim) if wanted else nn.Identity() for wanted in (qk_norm, qk_norm, v_norm)
-        )
-        self.register_buffer("slopes", alibi_slopes(num_heads) if alibi else None, persistent=False)
+        self.q_norm, self.k_norm = (nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
+        self.v_norm = nn.LayerNorm(self.head_dim) if v_norm else nn.Identity()
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         self._check(x, context, valid, dim=self.dim)
         q, k, v = self.qkv(x, x if context is None else context)
-        return self.o_proj(merge_heads(self.mix(q, k, v, valid, cross=context is not None)))
+        return self.o_proj(merge_heads(self.mix(q, k, v, valid=valid)))
 
     def stream(self, x: Tensor, state: KV | None = None, *, valid: Tensor | None = None) -> tuple[Tensor, KV]:
         self._check(x, valid=valid, dim=self.dim, streaming=True)
         past = seen(state)
         q, k, v = self.qkv(x, x, past)
         state = KV.append(state, k, v, valid)
-        return self.o_proj(merge_heads(self.mix(q, state.key, state.value, state.valid, past))), state
+        return self.o_proj(merge_heads(self.mix(q, state.key, state.value, past, state.valid))), state
 
     def qkv(self, x: Tensor, source: Tensor, past: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, N, D), k and v (B, Hk, M, D), normalised and rotated."""
+        """Normalised and rotated queries (B, H, N, D) and keys, and values (B, Hk, M, D)."""
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
         v = self.v_norm(split_heads(self.v_proj(source), self.num_kv_heads))
         if self.rope_theta is not None:
-            at = [torch.arange(past, past + t.shape[2], device=t.device) for t in (q, k)]
-            q, k = (
-                rotate(t, *rotary_angles(p, self.head_dim, self.rope_theta)) for t, p in zip((q, k), at, strict=True)
-            )
+            q, k = (rotate(t, *rotary_angles(_positions(t, past), self.head_dim, self.rope_theta)) for t in (q, k))
         return q, k, v
 
-    def mix(
-        self, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None = None, past: int = 0, cross: bool = False
-    ) -> Tensor:
-        """The heads' outputs (B, H, N, Dv); ``valid`` (B, M) is of the keys, ``past`` the first query's position."""
-        n, m = q.shape[2], k.shape[2]
-        if valid is None or cross:
-            row = torch.arange(past + 1, past + n + 1, device=q.device)[:, None]
-        else:
-            row = valid.cumsum(1)[:, None, past:, None].clamp(min=1)  # of real tokens, wherever the padding stands
-        sees = row if self.causal else m if valid is None else valid.sum(1)[:, None, None, None].clamp(min=1)
-        bias: float | Tensor
-        if isinstance(self.logit_bias, str):
-            bias = -sees.float().log() if isinstance(sees, Tensor) else -math.log(sees)
-        else:
-            bias = self.logit_bias
-        heat = math.exp(self.temperature)
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, past: int = 0, valid: Tensor | None = None) -> Tensor:
+        """`sigmoid_attention` with this layer's settings; heads normalised by the row where that is asked for."""
         out = sigmoid_attention(
             q,
             k,
             v,
-            mask=visible(n, self.causal, valid, past),
-            logit_bias=bias,
-            slopes=None if self.slopes is None else self.slopes.float() * heat,
+            causal=self.causal,
             past=past,
-            scale=heat * self.head_dim**-0.5,
-            dropout=self.dropout if self.training else 0.0,
+            valid=valid,
+            logit_bias=self.logit_bias,
+            temperature=self.temperature,
+            slopes=alibi_slopes(self.num_heads).to(q) if self.alibi else None,
         )
-        return out if self.normalise is None else out / row.to(out.dtype) ** POWERS[self.normalise]
+        if self.normalise is None:
+            return out
+        row = (_positions(q, past) + 1).to(torch.promote_types(out.dtype, torch.float32))
+        return (out / (row if self.normalise == "n" else row.sqrt())[:, None]).to(out.dtype)
 
     @classmethod
     def from_official(
-        cls,
-        state_dict: dict[str, Tensor],
-        *,
-        variant: str = "Attention",
-        dim: int | None = None,
-        num_heads: int = 8,
-        attn_activ_fn: str = "sigmoid",
-        causal: bool = False,
-        **official_kwargs: Any,
-    ) -> "SigmoidAttention | SigmoidBlock":  # type: ignore[override]
-        """The simulator's modules; biases, norms and the two buffers are what the weights say.
+        cls, state_dict: dict[str, Tensor], *, variant: str = "alibi_causal", **official_kwargs: Any
+    ) -> "SigmoidAttention":
+        """The layers of the attention simulator.
 
-        Args:
-            state_dict: of the published module.
-            variant: "Attention" or "CrossAttention", with "RoPE" or "ALiBi" before it, or the block of one of them:
-                "TransformerBlock", "ALiBiTransformerBlock" …
-            dim: C, read from the weights by default.
-            num_heads: H.
-            attn_activ_fn: "sigmoid", "seq_len_normalized_sigmoid" or "sqrt_seq_len_normalized_sigmoid".
-            causal: whether the mask the published module was called with is causal.
-            official_kwargs: what else the published constructors take (``bias``, ``qk_norm``, ``attn_bias`` …).
+        ``variant`` is "alibi_causal", "rope_bias" (noncausal), "seqlen_norm", "sqrt_seqlen_norm" or "cross"; norms,
+        biases and the logit bias follow from the weights. `SigmoidBlock.from_official` loads the block.
         """
-        unknown = official_kwargs.keys() - OFFICIAL
-        if unknown:
-            raise ArgumentError(f"{', '.join(sorted(unknown))}: not an argument of the published modules")
-        if attn_activ_fn not in ACTIVATIONS:
-            raise ArgumentError(f"attn_activ_fn: expected one of {', '.join(ACTIVATIONS)}, got {attn_activ_fn!r}")
-        kind = variant.removeprefix("RoPE").removeprefix("ALiBi")
-        if kind not in ("Attention", "CrossAttention", "TransformerBlock"):
-            raise ArgumentError(
-                f"variant: expected (RoPE|ALiBi)(Attention|CrossAttention|TransformerBlock), got {variant!r}"
-            )
         state = dict(state_dict)
-        of = "attn." if kind == "TransformerBlock" else ""
-        if f"{of}proj.weight" not in state:
-            raise ArgumentError(f"state_dict does not fit {variant}: missing {of}proj.weight")
-        split_rows(state, f"{of}qkv", (f"{of}q_proj", f"{of}k_proj", f"{of}v_proj"))
-        split_rows(state, f"{of}kv_proj", (f"{of}k_proj", f"{of}v_proj"))
-        shift, heat = (state.pop(f"{of}{name}", torch.zeros(1)) for name in ("attn_bias", "attn_temp"))
-        attention = cls(
-            dim=state[f"{of}proj.weight"].shape[0] if dim is None else dim,
-            num_heads=num_heads,
-            bias=f"{of}proj.bias" in state,
-            qk_norm=f"{of}q_norm.weight" in state,
-            v_norm=f"{of}v_norm.weight" in state,
-            logit_bias=shift.item(),
-            temperature=heat.item(),
-            alibi=variant.startswith("ALiBi"),
-            rope_theta=10_000.0 if variant.startswith("RoPE") else None,
-            normalise=ACTIVATIONS[attn_activ_fn],
-            dropout=official_kwargs.get("attn_drop", 0.0),
-            causal=causal,
+        settings: dict[str, dict[str, Any]] = {
+            "alibi_causal": {"alibi": True},
+            "rope_bias": {"rope_theta": 10_000.0, "causal": False},
+            "seqlen_norm": {"normalise": "n"},
+            "sqrt_seqlen_norm": {"normalise": "sqrt_n"},
+            "cross": {"causal": False},
+        }
+        if variant not in settings:
+            raise ArgumentError(f"variant: expected one of {', '.join(settings)}, got {variant!r}")
+        heads = official_kwargs["num_heads"]
+        split_rows(state, "qkv", ("q_proj", "k_proj", "v_proj"))
+        split_rows(state, "kv_proj", ("k_proj", "v_proj"))
+        module = cls(
+            official_kwargs["dim"],
+            heads,
+            bias="proj.bias" in state,
+            qk_norm="q_norm.weight" in state,
+            v_norm="v_norm.weight" in state,
+            **settings[variant],
         )
-        if variant.startswith("RoPE"):  # pairs (0, 1), (2, 3) … become our (0, D/2), (1, 1 + D/2) …
-            halves = torch.cat([torch.arange(0, attention.head_dim, 2), torch.arange(1, attention.head_dim, 2)])
-            for name in [
-                f"{of}{t}_{part}.{kind}" for t in "qk" for part in ("proj", "norm") for kind in ("weight", "bias")
-            ]:
+        if module.rope_theta is not None:  # published pairs are neighbours, ours are half a head apart
+            for name in (
+                "q_proj.weight",
+                "k_proj.weight",
+                "q_proj.bias",
+                "k_proj.bias",
+                "q_norm.weight",
+                "k_norm.weight",
+            ):
                 if name in state:
-                    state[name] = state[name].unflatten(0, (-1, attention.head_dim))[:, halves].flatten(0, 1)
-        module: SigmoidAttention | SigmoidBlock = attention
-        if of:
-            scales = "ls1.gamma" in state
-            module = SigmoidBlock(attention, state["mlp.fc1.weight"].shape[0], "mlp.fc2.bias" in state, scales)
-        load_strictly(module, state, {f"{of}proj": f"{of}o_proj", "ls1.gamma": "scale1", "ls2.gamma": "scale2"})
+                    state[name] = _halves_apart(state[name], 1 if "norm" in name else heads)
+            for name in ("q_norm.bias", "k_norm.bias"):
+                if name in state:
+                    state[name] = _halves_apart(state[name], 1)
+        load_strictly(module, state, {"proj": "o_proj", "attn_bias": "logit_bias", "attn_temp": "temperature"})
         return module
 
 
 class SigmoidBlock(nn.Module):
-    """A pre-norm transformer block around sigmoid attention, as published: what keeps it stable stands on the branches.
-
-        x ← x + γ1 ∘ attn(norm(x))        x ← x + γ2 ∘ mlp(norm(x))          LayerScale, for vision
-        x ← x + norm(attn(norm(x)))       …                                  hybrid norm, for large language models
-
-    Args:
-        attn: the attention.
-        hidden_dim: of the feed-forward layer, 4 C by default.
-        mlp_bias: of its linear layers' second; the first has none.
-        layer_scale: γ, from 1e-4.
-        hybrid_norm: normalise what the attention adds.
-    """
+    """``x + γ1 attn(norm(x))``, then ``x + γ2 mlp(norm(x))``; ``hybrid_norm`` norms the attention's output too."""
 
     def __init__(
         self,
         attn: SigmoidAttention,
         hidden_dim: int | None = None,
-        mlp_bias: bool = False,
-        layer_scale: bool = False,
+        layer_scale: float = 1e-4,
         hybrid_norm: bool = False,
     ):
         super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(attn.dim), attn, nn.LayerNorm(attn.dim)
-        self.mlp = MLP(attn.dim, hidden_dim, bias=False)
-        if mlp_bias:
-            self.mlp.fc2 = nn.Linear(self.mlp.fc2.in_features, attn.dim)
-        self.scale1, self.scale2 = (
-            nn.Parameter(torch.full((attn.dim,), 1e-4)) if layer_scale else None for _ in range(2)
-        )
-        self.post_norm = nn.LayerNorm(attn.dim) if hybrid_norm else nn.Identity()
+        dim = attn.dim
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn, self.mlp = attn, MLP(dim, hidden_dim, bias=False)
+        self.ls1, self.ls2 = LayerScale(dim, layer_scale), LayerScale(dim, layer_scale)
+        self.norm3 = nn.LayerNorm(dim) if hybrid_norm else nn.Identity()
 
     def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        mixed = self.post_norm(self.attn(self.norm1(x), valid=valid))
-        x = x + (mixed if self.scale1 is None else self.scale1 * mixed)
-        mixed = self.mlp(self.norm2(x))
-        return x + (mixed if self.scale2 is None else self.scale2 * mixed)
+        x = x + self.ls1(self.norm3(self.attn(self.norm1(x), valid=valid)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+    @classmethod
+    def from_official(cls, state_dict: dict[str, Tensor], **official_kwargs: Any) -> "SigmoidBlock":
+        """``TransformerBlock`` with causal ALiBi attention and LayerScale."""
+        attn = {name[5:]: part for name, part in state_dict.items() if name.startswith("attn.")}
+        rest = {name: part for name, part in state_dict.items() if not name.startswith("attn.")}
+        block = cls(SigmoidAttention.from_official(attn, **official_kwargs), len(rest["mlp.fc1.weight"]))
+        load_strictly(block, rest | {f"attn.{name}": part for name, part in block.attn.state_dict().items()})
+        return block
 
 
-ACTIVATIONS: dict[str, Literal["n", "sqrt_n"] | None] = {
-    "sigmoid": None,
-    "seq_len_normalized_sigmoid": "n",
-    "sqrt_seq_len_normalized_sigmoid": "sqrt_n",
-}
-OFFICIAL = {"bias", "qk_norm", "attn_drop", "proj_drop", "attn_bias", "attn_temp", "q_dim", "kv_dim", "N"}
+def sigmoid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    past: int = 0,
+    valid: Tensor | None = None,
+    logit_bias: Tensor | float = 0.0,
+    temperature: Tensor | float = 0.0,
+    slopes: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """``Σ_j sigmoid((scale q_i·k_j + slope (j - i)) exp(temperature) + logit_bias) v_j``.
+
+    Keys that are masked weigh exactly 0; a query that sees none gives zeros.
+
+    Args:
+        q: (B, H, N, D). k, v: (B, Hk, M, D), (B, Hk, M, E), where Hk divides H.
+        causal: query i is token ``past + i`` and sees keys up to itself.
+        valid: (B, M) bool of the keys.
+        slopes: (H,) of linear biases; None for none.
+        scale: 1/√D by default.
+
+    Returns:
+        (B, H, N, E).
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = (t if groups == 1 else t.repeat_interleave(groups, 1) for t in (k, v))
+    factor = torch.as_tensor(temperature, device=q.device, dtype=torch.float32).exp()
+    bias = torch.as_tensor(logit_bias, device=q.device, dtype=torch.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out = []
+    for first in range(0, q.shape[2], _CHUNK):
+        rows = q[:, :, first : first + _CHUNK]
+        start = past + first
+        reach = min(k.shape[2], start + rows.shape[2]) if causal else k.shape[2]
+        seen_keys = None if valid is None else valid[:, :reach]
+        arguments = (rows, k[:, :, :reach], v[:, :, :reach], scale, bias, factor, slopes, seen_keys, causal, start)
+        if torch.is_grad_enabled() and q.shape[2] > _CHUNK and any(t.requires_grad for t in (q, k, v)):
+            out.append(checkpoint(_rows, *arguments, use_reentrant=False))
+        else:
+            out.append(_rows(*arguments))
+    return torch.cat(out, 2)
+
+
+def _rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    bias: Tensor,
+    factor: Tensor,
+    slopes: Tensor | None,
+    valid: Tensor | None,
+    causal: bool,
+    start: int,
+) -> Tensor:
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (q.to(wide) * scale) @ k.to(wide).mT
+    query = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
+    key = torch.arange(k.shape[2], device=q.device)
+    if slopes is not None:
+        scores = scores + slopes.to(wide)[:, None, None] * (key - query)
+    scores = scores * factor + bias
+    if causal:
+        scores = scores.masked_fill(key > query, -torch.inf)
+    if valid is not None:
+        scores = scores.masked_fill(~valid[:, None, None, :], -torch.inf)
+    return (scores.sigmoid() @ v.to(wide)).to(v.dtype)
+
+
+def _positions(x: Tensor, past: int) -> Tensor:
+    return torch.arange(past, past + x.shape[2], device=x.device)
+
+
+def _halves_apart(rows: Tensor, heads: int) -> Tensor:
+    """Channels of each head reordered from neighbouring pairs to halves; scores do not change."""
+    per = rows.unflatten(0, (heads, -1))
+    return torch.cat([per[:, 0::2], per[:, 1::2]], dim=1).flatten(0, 1)
