@@ -115,10 +115,12 @@ def legitimate(mechanism: type[Mechanism] | Mechanism, causal: bool) -> bool:
     return causal
 
 
-def visible(n: int, causal: bool, valid: Tensor | None = None, past: int = 0) -> Mask | None:
+def visible(
+    n: int, causal: bool, valid: Tensor | None = None, past: int = 0, window_size: int | None = None
+) -> Mask | None:
     """The mask of n queries after ``past`` tokens: causal or not, without keys that are padding; None if all is seen.
 
-    ``valid``: (B, past + n) bool.
+    ``valid``: (B, past + n) bool. ``window_size``: see only keys nearer than that.
     """
     mask = None
     if causal and not (n == 1 and valid is None):
@@ -126,6 +128,9 @@ def visible(n: int, causal: bool, valid: Tensor | None = None, past: int = 0) ->
     if valid is not None and not bool(valid.all()):
         unpadded = masks.padding(valid)
         mask = unpadded if mask is None else mask & unpadded
+    if window_size is not None:
+        window = masks.sliding_window(window_size).shift(past)
+        mask = window if mask is None else mask & window
     return mask
 
 

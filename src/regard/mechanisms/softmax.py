@@ -2,15 +2,12 @@
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from regard import masks
 from regard.attention import attention
-from regard.layers import merge_heads, per_head, split_heads
-from regard.masks import Mask
+from regard.layers import load_strictly, merge_heads, per_head, split_heads
 from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen, visible
-from regard.positions import rotary_angles, rotate
+from regard.positions import rotate_tokens
 
 
 class SoftmaxAttention(Mechanism):
@@ -61,7 +58,7 @@ class SoftmaxAttention(Mechanism):
     def forward(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         self._check(x, context, valid, dim=self.dim)
         q, k, v = self._qkv(x, x if context is None else context)
-        mask = self._windowed(visible(x.shape[1], self.causal, valid))
+        mask = visible(x.shape[1], self.causal, valid, window_size=self.window_size)
         return self.o_proj(merge_heads(attention(q, k, v, mask=mask)))
 
     def stream(self, x: Tensor, state: KV | None = None, *, valid: Tensor | None = None) -> tuple[Tensor, KV]:
@@ -69,31 +66,18 @@ class SoftmaxAttention(Mechanism):
         past = seen(state)
         q, k, v = self._qkv(x, x, past)
         state = KV.append(state, k, v, valid)
-        mask = self._windowed(visible(x.shape[1], True, state.valid, past), past)
+        mask = visible(x.shape[1], True, state.valid, past, self.window_size)
         return self.o_proj(merge_heads(attention(q, state.key, state.value, mask=mask))), state
 
     def _qkv(self, x: Tensor, source: Tensor, past: int = 0) -> tuple[Tensor, Tensor, Tensor]:
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
         v = split_heads(self.v_proj(source), self.num_kv_heads)
-        if self.rope_theta is not None:
-            q, k = (rotate(t, *self._angles(t, past)) for t in (q, k))
-        return q, k, v
-
-    def _angles(self, x: Tensor, past: int) -> tuple[Tensor, Tensor]:
-        positions = torch.arange(past, past + x.shape[2], device=x.device)
-        assert self.rope_theta is not None
-        return rotary_angles(positions, self.head_dim, self.rope_theta)
-
-    def _windowed(self, mask: Mask | None, past: int = 0) -> Mask | None:
-        if self.window_size is None:
-            return mask
-        window = masks.sliding_window(self.window_size).shift(past)
-        return window if mask is None else mask & window
+        return rotate_tokens(q, self.rope_theta, past), rotate_tokens(k, self.rope_theta, past), v
 
     @classmethod
     def from_official(cls, state_dict: dict[str, Tensor], **official_kwargs: Any) -> "SoftmaxAttention":
         """Llama-style weights: ``q_proj, k_proj, v_proj, o_proj``, and our own arguments."""
         module = cls(**official_kwargs)
-        module.load_state_dict(state_dict)
+        load_strictly(module, state_dict)
         return module

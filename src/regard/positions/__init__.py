@@ -1,6 +1,6 @@
 """Position encodings: functions of tensors and positions, free of any model."""
 
 from regard.positions.alibi import alibi_slopes
-from regard.positions.rotary import rotary_angles, rotate, unrotate
+from regard.positions.rotary import rotary_angles, rotate, rotate_tokens, unrotate
 
-__all__ = ["alibi_slopes", "rotary_angles", "rotate", "unrotate"]
+__all__ = ["alibi_slopes", "rotary_angles", "rotate", "rotate_tokens", "unrotate"]

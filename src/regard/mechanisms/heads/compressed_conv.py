@@ -6,12 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard import masks
 from regard.attention import attention
 from regard.errors import ArgumentError
 from regard.layers import load_strictly, merge_heads, per_head, split_heads
 from regard.mechanisms.base import KV, Mechanism, Pattern, check_rate, visible
-from regard.positions import rotary_angles, rotate
+from regard.positions import rotate, rotate_tokens
 
 
 class CCAState(NamedTuple):
@@ -119,16 +118,12 @@ class CompressedConvAttention(Mechanism):
         q, k, v, latent, delayed = self.compress(x, state)
         q, k = self.normalize(q, k)
         past = 0 if state is None else state.kv.key.shape[2]
-        if angles is None and self.rope_theta is not None and self.rotary_dim:
-            positions = torch.arange(past, past + x.shape[1], device=x.device)
-            angles = rotary_angles(positions, self.rotary_dim, self.rope_theta)
-        if angles is not None:
+        if angles is None:
+            q, k = (rotate_tokens(t, self.rope_theta, past, self.rotary_dim) for t in (q, k))
+        else:
             q, k = rotate(q, *angles), rotate(k, *angles)
         kv = KV.append(None if state is None else state.kv, k, v, valid)
-        mask = visible(x.shape[1], True, kv.valid, past)
-        if self.window_size is not None:
-            window = masks.sliding_window(self.window_size).shift(past)
-            mask = window if mask is None else mask & window
+        mask = visible(x.shape[1], True, kv.valid, past, self.window_size)
         out = attention(q, kv.key, kv.value, mask=mask)
         return self.o_proj(merge_heads(out)), CCAState(kv, latent, delayed)
 

@@ -12,7 +12,7 @@ from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly, merge_heads, per_head, split_heads, split_rows
 from regard.masks import Mask
 from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen, visible
-from regard.positions import rotary_angles, rotate
+from regard.positions import rotate, rotate_tokens
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -164,11 +164,8 @@ class MultiHeadLatentAttention(Mechanism):
         if rotary is not None:
             cos, sin = (t if t.dim() == 2 else t.unsqueeze(-3) for t in rotary)
             return rotate(x, cos, sin)
-        if self.rope_theta is None:
-            return x
         assert not isinstance(self.rope_theta, str)
-        positions = torch.arange(past, past + x.shape[2], device=x.device)
-        return rotate(x, *rotary_angles(positions, self.qk_rope_head_dim, self.rope_theta))
+        return rotate_tokens(x, self.rope_theta, past)
 
     def _check_rotary(self, x: Tensor, context: Tensor | None, rotary: Rotary | None) -> None:
         if rotary is None:

@@ -9,7 +9,7 @@ from regard.attention import attention
 from regard.errors import ArgumentError
 from regard.layers import load_strictly, merge_heads, per_head, split_heads, split_rows
 from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen, visible
-from regard.positions import rotary_angles, rotate
+from regard.positions import rotate_tokens
 
 ROUTERS = ("learned", "query_norm")
 
@@ -114,11 +114,7 @@ class MixtureOfHeadAttention(Mechanism):
         k = self.k_norm(split_heads(self.k_proj(x), self.num_kv_heads))
         v = split_heads(self.v_proj(x), self.num_kv_heads)
         routing = self.route(x, q)
-        if self.rope_theta is not None:
-            positions = torch.arange(past, past + x.shape[1], device=x.device)
-            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        return q, k, v, routing
+        return rotate_tokens(q, self.rope_theta, past), rotate_tokens(k, self.rope_theta, past), v, routing
 
     def _mix(self, out: Tensor, routing: Routing) -> Tensor:
         self.last_routing = routing

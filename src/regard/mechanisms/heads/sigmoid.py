@@ -11,7 +11,7 @@ from regard.errors import ArgumentError
 from regard.layers import MLP, load_strictly, merge_heads, per_head, split_heads, split_rows
 from regard.layers.scale import LayerScale
 from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen
-from regard.positions import alibi_slopes, rotary_angles, rotate
+from regard.positions import alibi_slopes, rotate_tokens
 
 NORMALISE = (None, "n", "sqrt_n")
 _CHUNK = 256  # queries at a time
@@ -99,9 +99,7 @@ class SigmoidAttention(Mechanism):
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
         v = self.v_norm(split_heads(self.v_proj(source), self.num_kv_heads))
-        if self.rope_theta is not None:
-            q, k = (rotate(t, *rotary_angles(_positions(t, past), self.head_dim, self.rope_theta)) for t in (q, k))
-        return q, k, v
+        return rotate_tokens(q, self.rope_theta, past), rotate_tokens(k, self.rope_theta, past), v
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, past: int = 0, valid: Tensor | None = None) -> Tensor:
         """`sigmoid_attention` with this layer's settings; heads normalised by the row where that is asked for."""
@@ -118,7 +116,8 @@ class SigmoidAttention(Mechanism):
         )
         if self.normalise is None:
             return out
-        row = (_positions(q, past) + 1).to(torch.promote_types(out.dtype, torch.float32))
+        row = torch.arange(past + 1, past + 1 + q.shape[2], device=q.device)
+        row = row.to(torch.promote_types(out.dtype, torch.float32))
         return (out / (row if self.normalise == "n" else row.sqrt())[:, None]).to(out.dtype)
 
     @classmethod
@@ -270,10 +269,6 @@ def _rows(
     if valid is not None:
         scores = scores.masked_fill(~valid[:, None, None, :], -torch.inf)
     return (scores.sigmoid() @ v.to(wide)).to(v.dtype)
-
-
-def _positions(x: Tensor, past: int) -> Tensor:
-    return torch.arange(past, past + x.shape[2], device=x.device)
 
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:

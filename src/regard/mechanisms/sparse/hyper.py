@@ -13,7 +13,7 @@ from regard.attention import Partial, attention, merge
 from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers import merge_heads, per_head, split_heads
 from regard.mechanisms.base import Mechanism, Pattern
-from regard.positions import rotary_angles, rotate
+from regard.positions import rotate_tokens
 
 Samples = Iterator[Tensor] | torch.Generator | None  # given indices, or where random ones come from
 
@@ -213,13 +213,8 @@ class HyperSelfAttention(Mechanism):
         source = x if context is None else context
         q = split_heads(self.q_proj(x), self.num_heads)
         k, v = (split_heads(proj(source), self.num_heads) for proj in (self.k_proj, self.v_proj))
-        if self.rope_theta is not None:
-            q, k = (rotate(t, *self._angles(t)) for t in (q, k))
+        q, k = rotate_tokens(q, self.rope_theta), rotate_tokens(k, self.rope_theta)
         return self.o_proj(merge_heads(self.attend(q, k, v).out))
-
-    def _angles(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.rope_theta is not None
-        return rotary_angles(torch.arange(x.shape[2], device=x.device), self.head_dim, self.rope_theta)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from regard.layers import load_strictly, merge_heads, per_head, split_heads
 from regard.masks import Mask
 from regard.masks.grid import Segments
 from regard.mechanisms.base import KV, Mechanism, Pattern, check_rate, seen, visible
-from regard.positions import rotary_angles, rotate
+from regard.positions import rotate_tokens
 
 
 class ShiftedGroupAttention(Mechanism):
@@ -102,11 +102,7 @@ class ShiftedGroupAttention(Mechanism):
         """The rotated queries (B, H, N, D) and keys, and the values (B, Hk, N, D)."""
         q = split_heads(self.q_proj(x), self.num_heads)
         k, v = (split_heads(proj(x), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
-        if self.rope_theta is not None:
-            positions = torch.arange(past, past + x.shape[1], device=x.device)
-            angles = rotary_angles(positions, self.head_dim, self.rope_theta)
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        return q, k, v
+        return rotate_tokens(q, self.rope_theta, past), rotate_tokens(k, self.rope_theta, past), v
 
     def groups_of(self, length: int) -> int:
         """Tokens per group in a sequence of this length."""
