@@ -5,6 +5,6 @@
 2023
 """
 
-from regard.catalog.loader import FAMILIES, KINDS, STATUSES, System, get, names, systems
+from regard.catalog.loader import FAMILIES, KINDS, STATUSES, System, get, model_names, names, systems
 
-__all__ = ["FAMILIES", "KINDS", "STATUSES", "System", "get", "names", "systems"]
+__all__ = ["FAMILIES", "KINDS", "STATUSES", "System", "get", "model_names", "names", "systems"]

@@ -2,7 +2,8 @@
 
 import difflib
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module, resources
 from types import MappingProxyType
@@ -42,6 +43,8 @@ class System:
         venue: where it was published.
         official: the authors' code, owner/name on GitHub.
         object: what implements it, as "module:attribute"; present exactly when it works.
+        parts: further classes of the same publication by name, such as the network around a mechanism.
+        models: names of published configurations; one of the classes above has each in its ``sizes``.
     """
 
     slug: str
@@ -56,11 +59,13 @@ class System:
     venue: str | None = None
     official: str | None = None
     object: str | None = None
+    parts: Mapping[str, str] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for field, value, known in (("family", self.family, FAMILIES), ("status", self.status, STATUSES)):
+        for name, value, known in (("family", self.family, FAMILIES), ("status", self.status, STATUSES)):
             if value not in known:
-                raise ArgumentError(f"system {self.slug}: {field} is {value!r}, expected one of {', '.join(known)}")
+                raise ArgumentError(f"system {self.slug}: {name} is {value!r}, expected one of {', '.join(known)}")
         if unknown := set(self.kinds) - set(KINDS):
             raise ArgumentError(f"system {self.slug}: kinds {sorted(unknown)} are none of {', '.join(KINDS)}")
         if self.works != (self.object is not None):
@@ -75,16 +80,27 @@ class System:
         """The shortest reference: the arXiv number, or the venue."""
         return f"arXiv:{self.arxiv}" if self.arxiv else self.venue or ""
 
-    def load(self) -> Any:
-        """Import what implements the system.
+    def load(self, part: str | None = None) -> Any:
+        """Import what implements the system, or one of its parts.
 
         Raises:
+            ArgumentError: there is no such part.
             Unsupported: the system is planned.
         """
         if self.object is None:
             raise Unsupported(f"{self.slug} is planned, nothing in regard implements it yet")
-        module, _, attribute = self.object.partition(":")
+        if part is not None and part not in self.parts:
+            raise ArgumentError(f"{self.slug} has no part {part!r}; it has: {', '.join(self.parts) or 'none'}")
+        module, _, attribute = (self.object if part is None else self.parts[part]).partition(":")
         return getattr(import_module(module), attribute)
+
+    def load_model(self, name: str) -> tuple[Any, dict[str, Any]]:
+        """The class of a published configuration, and the configuration."""
+        for part in (None, *self.parts):
+            found = self.load(part)
+            if name in (sizes := getattr(found, "sizes", {})):
+                return found, dict(sizes[name])
+        raise ArgumentError(f"{self.slug} has no model {name!r}; it has: {', '.join(self.models) or 'none'}")
 
 
 def systems(*, kind: str | None = None, family: str | None = None, status: str | None = None) -> tuple[System, ...]:
@@ -122,13 +138,18 @@ def get(slug: str) -> System:
     return catalogue[slug]
 
 
+def model_names() -> dict[str, str]:
+    """Names of published configurations, such as ``mala-tiny``, and the slug of the system each belongs to."""
+    return {name: system.slug for system in systems() for name in system.models}
+
+
 @cache
 def _read() -> MappingProxyType[str, System]:
     with resources.files("regard.catalog").joinpath("systems.toml").open("rb") as file:
         entries = tomllib.load(file)["system"]
     catalogue: dict[str, System] = {}
     for entry in entries:
-        system = System(**{**entry, "kinds": tuple(entry["kinds"])})
+        system = System(**{**entry, **{key: tuple(entry.get(key, ())) for key in ("kinds", "models")}})
         if system.slug in catalogue:
             raise ArgumentError(f"system {system.slug} stands twice in systems.toml")
         catalogue[system.slug] = system

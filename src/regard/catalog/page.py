@@ -27,16 +27,30 @@ def page(system: System) -> str:
         Unsupported: the system is planned.
     """
     found = system.load()
-    doc = inspect.getdoc(found) or ""
-    first = re.search(r"^(Args|Returns|Raises|Attributes):$", doc, re.MULTILINE)
     parts = [f"# {system.name} (`{system.slug}`)", system.summary, _paper(system)]
     parts += ["## Example", f"```python\n{example(system)}\n```"]
-    parts += ["## What it computes", _prose((doc[: first.start()] if first else doc).strip())]
+    parts += ["## What it computes", _description(found)]
     if facts := list(_facts(found)):
         parts += ["## Use and cost", "\n".join(f"- **{name}**: {value}" for name, value in facts)]
     if table := list(_arguments(found)):
-        parts += ["## Arguments", "\n".join(["| argument | default | meaning |", "|---|---|---|", *table])]
+        parts += ["## Arguments", "\n".join(table)]
+    for name in system.parts:
+        part = system.load(name)
+        parts += [f"## `{system.slug}/{name}`", _description(part), "\n".join(_arguments(part))]
+    if system.models:
+        rows = (f"| `{name}` | {_config(system.load_model(name)[1])} |" for name in system.models)
+        parts += ["## Models", "\n".join(["| name | configuration |", "|---|---|", *rows])]
     return "\n\n".join(parts) + "\n"
+
+
+def _description(found: Any) -> str:
+    doc = inspect.getdoc(found) or ""
+    first = re.search(r"^(Args|Returns|Raises|Attributes):$", doc, re.MULTILINE)
+    return _prose((doc[: first.start()] if first else doc).strip())
+
+
+def _config(config: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value!r}`" for name, value in config.items())
 
 
 def example(system: System) -> str:
@@ -89,8 +103,10 @@ def _facts(found: Any) -> Iterator[tuple[str, str]]:
 
 
 def _arguments(found: Any) -> Iterator[str]:
-    documented = argument_help(found)
-    for parameter in _parameters(found):
+    documented, parameters = argument_help(found), _parameters(found)
+    if parameters:
+        yield from ("| argument | default | meaning |", "|---|---|---|")
+    for parameter in parameters:
         default = "" if parameter.default is parameter.empty else f"`{parameter.default!r}`"
         meaning = documented.get(parameter.name, "").replace("|", "\\|")
         yield f"| `{parameter.name}` | {default} | {meaning} |"

@@ -20,12 +20,15 @@ def create(name: str, **config: Any) -> nn.Module:
     """Any mechanism or model of the catalogue, or a baseline ("softmax"), with fresh weights.
 
         layer = regard.create("sigmoid-attention", dim=256, num_heads=4)
+        model = regard.create("mala-tiny", num_classes=10)      # a published configuration
+        model = regard.create("mala/model", embed_dims=...)     # a part of a system, configured freely
 
     Raises:
         ArgumentError: an unknown name or argument.
         Unsupported: the system is planned, or is no module (a method, a mask, a probe).
     """
-    cls = module_class(name)
+    cls, preset = _resolve(name)
+    config = preset | config
     accepted = inspect.signature(cls.__init__).parameters
     if unknown := [key for key in config if key not in accepted]:
         known = ", ".join(key for key in accepted if key != "self")
@@ -40,12 +43,15 @@ def create(name: str, **config: Any) -> nn.Module:
 def from_official(name: str, state_dict: Mapping[str, Tensor], **official_kwargs: Any) -> nn.Module:
     """A module with the weights of the published code, from that code's state dict and constructor arguments.
 
-    Every weight is used, and none is missing. Where a paper's code has several classes, ``variant`` says which.
+    Every weight is used, and none is missing. Where a paper's code has several classes, ``variant`` says which: it is
+    a part of the system (its network, say) or one of the variants that the class itself knows.
 
     Raises:
         ArgumentError: weights are missing, left over or of other shapes; an unknown argument.
         Unsupported: the system is planned, is no module, or has no published code.
     """
+    if name not in BASELINES and official_kwargs.get("variant") in catalog.get(name).parts:
+        name = f"{name}/{official_kwargs.pop('variant')}"
     cls = module_class(name)
     build = getattr(cls, "from_official", None)
     if build is None:
@@ -60,13 +66,23 @@ def module_class(name: str) -> type[nn.Module]:
         ArgumentError: an unknown name.
         Unsupported: the system is planned, or is no module.
     """
+    return _resolve(name)[0]
+
+
+def _resolve(name: str) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class behind a baseline, a system, a part of one ("slug/part") or a published model, and its arguments."""
     if name in BASELINES:
-        return BASELINES[name]
-    found = catalog.get(name).load()
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        kinds = " and ".join(catalog.get(name).kinds)
-        raise Unsupported(f"{name} is no module that could be created; the catalogue calls it {kinds}")
-    return found
+        return BASELINES[name], {}
+    config: dict[str, Any] = {}
+    if (owner := catalog.model_names().get(name)) is not None:
+        found, config = catalog.get(owner).load_model(name)
+    else:
+        slug, _, part = name.partition("/")
+        found = catalog.get(slug).load(part or None)
+        if not (isinstance(found, type) and issubclass(found, nn.Module)):
+            kinds = " and ".join(catalog.get(slug).kinds)
+            raise Unsupported(f"{name} is no module that could be created; the catalogue calls it {kinds}")
+    return found, config
 
 
 def create_mixer(name: str, *, causal: bool, defaults: Mapping[str, Any], **config: Any) -> Mechanism:

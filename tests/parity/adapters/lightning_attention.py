@@ -6,7 +6,6 @@ import torch
 
 import regard
 from regard.linear import linear_attention
-from regard.models.language.transnormer import TransNormerLLM
 from tests.parity.harness import Comparison, Golden
 
 ATOL = 1e-5
@@ -34,5 +33,7 @@ def check(golden: Golden) -> Iterable[Comparison]:
     padded = layer(inputs["x"], valid=inputs["padding_mask"].bool())
     yield golden.compare("minimax_padded", padded, atol=ATOL)
 
-    model = TransNormerLLM.from_official(golden.state("transnormer."), **kwargs["transnormer"])
+    model = regard.from_official(
+        "lightning-attention", golden.state("transnormer."), variant="model", **kwargs["transnormer"]
+    )
     yield golden.compare("transnormer_logits", model(inputs["input_ids"]), atol=ATOL)

@@ -7,7 +7,6 @@ from torch import Tensor
 
 import regard
 from regard.mechanisms.memory.titans import MemoryState
-from regard.models.language.titans import MemoryAsContextTransformer
 from tests.parity.harness import Comparison, Golden
 
 ATOL = 1e-5
@@ -17,7 +16,7 @@ def check(golden: Golden) -> Iterable[Comparison]:
     x = golden.inputs["seq"]
     for name, kwargs in golden.kwargs.items():
         if name == "mac":
-            model = MemoryAsContextTransformer.from_official(golden.state("mac."), **kwargs).eval()
+            model = regard.from_official("titans", golden.state("mac."), variant="model", **kwargs).eval()
             yield golden.compare("mac_logits", model(golden.inputs["input_ids"]), ATOL)
             continue
         memory = regard.from_official("titans", golden.state(f"{name}."), **kwargs)
