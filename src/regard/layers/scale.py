@@ -9,7 +9,7 @@ class LayerScale(nn.Module):
 
     def __init__(self, dim: int, init: float = 1e-4):
         super().__init__()
-        self.gamma = nn.Parameter(torch.full((dim,), init))
+        self.gamma = nn.Parameter(torch.full((dim,), float(init)))
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gamma

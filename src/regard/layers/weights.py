@@ -20,6 +20,9 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], rename: Mappin
     """
     own = {_renamed(name, rename or {}): tensor for name, tensor in state.items()}
     expected = module.state_dict()
+    for name, tensor in own.items():
+        if name in expected and tensor.shape == (*expected[name].shape, 1, 1):
+            own[name] = tensor.flatten(1)  # a 1×1 convolution is a linear layer
     problems = [f"missing {name}" for name in expected.keys() - own.keys()]
     problems += [f"unexpected {name}" for name in own.keys() - expected.keys()]
     problems += [
