@@ -32,6 +32,7 @@ class Golden:
         kwargs: the metadata's `kwargs`, decoded.
         inputs: what stands under `in/`.
         outputs: what must be reproduced: `out/…` without the prefix, and `grad/…` with it.
+        weights: all state dicts, see `state`.
     """
 
     name: str
@@ -57,11 +58,15 @@ class Golden:
             kwargs=json.loads(metadata.get("kwargs", "{}")),
             inputs=under("in/"),
             outputs=under("out/") | gradients,
-            weights=under("state/"),
+            weights={key: value for key, value in tensors.items() if key.startswith("state")},
         )
 
-    def state(self, prefix: str = "") -> dict[str, Tensor]:
-        """The published code's state dict, or the part under `prefix` with the prefix taken off."""
+    def state(self, prefix: str = "", group: str = "state") -> dict[str, Tensor]:
+        """The published code's state dict, or the part under `prefix` with the prefix taken off.
+
+        Files with several modules may keep one under a group of its own, such as ``state_attn/…``.
+        """
+        prefix = f"{group}/{prefix}"
         return {k.removeprefix(prefix): v.clone() for k, v in self.weights.items() if k.startswith(prefix)}
 
     def compare(self, name: str, got: Tensor, atol: float) -> "Comparison":

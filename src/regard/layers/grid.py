@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Conv2d(nn.Conv2d):
@@ -56,3 +58,16 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     last = max(1, sum(depths) - 1)
     rates = iter([rate * block / last for block in range(sum(depths))])
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+def windows(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C), filled up with zeros at the bottom and right, to windows (B · count, size², C)."""
+    down, right = -x.shape[1] % size, -x.shape[2] % size
+    x = F.pad(x, (0, 0, 0, right, 0, down)) if down or right else x
+    return rearrange(x, "b (h p) (w q) c -> (b h w) (p q) c", p=size, q=size)
+
+
+def unwindows(x: Tensor, size: int, height: int, width: int) -> Tensor:
+    """Windows (B · count, size², C) back to (B, height, width, C), what was filled up cut off."""
+    x = rearrange(x, "(b h w) (p q) c -> b (h p) (w q) c", h=-(-height // size), w=-(-width // size), p=size, q=size)
+    return x[:, :height, :width]
