@@ -22,6 +22,7 @@ class Case:
         atol: of streaming against parallel, in float32.
         pads: whether padding is supported (`valid`).
         compiles: whether the parallel form compiles without graph breaks.
+        part: of the system, where it is not its main class.
         bf16_atol: of bfloat16 against float32, times the largest output; None where a discrete choice (top-k) flips.
     """
 
@@ -31,6 +32,7 @@ class Case:
     atol: float = 1e-5
     pads: bool = True
     compiles: bool = False
+    part: str | None = None
     bf16_atol: float | None = 0.05
 
     def make(self, slug: str) -> Mechanism:
@@ -44,9 +46,10 @@ class Case:
 
 
 def all_cases() -> list[tuple[str, Case]]:
-    """(slug, case) of everything under `tests/mechanisms/cases`."""
+    """(name, case) of everything under `tests/mechanisms/cases`; the name is a slug, or "slug/part"."""
     found = []
     for module in pkgutil.iter_modules(cases.__path__):
         slug = module.name.replace("_", "-")
-        found += [(slug, case) for case in import_module(f"{cases.__name__}.{module.name}").CASES]
+        for case in import_module(f"{cases.__name__}.{module.name}").CASES:
+            found.append((slug if case.part is None else f"{slug}/{case.part}", case))
     return found

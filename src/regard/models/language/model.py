@@ -112,6 +112,8 @@ class LanguageModel(nn.Module, PyTorchModelHubMixin):
         offered = {name: value for name, value in offered.items() if value is not None or name == "rope_theta"}
         self.embedding = nn.Embedding(vocab_size, dim)
         self.position_embedding = nn.Embedding(max_length or 0, dim) if positions == "learned" else None
+        stack = _stack(mixers, depth)
+        self.mixers = [name for name, _ in stack]
         self.blocks = nn.ModuleList(
             Block(
                 create_mixer(name, causal=causal, defaults={**offered, "layer_idx": layer}, **config),
@@ -120,7 +122,7 @@ class LanguageModel(nn.Module, PyTorchModelHubMixin):
                 MLPS[mlp],
                 hidden_dim,
             )
-            for layer, (name, config) in enumerate(_stack(mixers, depth))
+            for layer, (name, config) in enumerate(stack)
         )
         self.norm = NORMS[norm](dim)
         self.head = nn.Linear(dim, vocab_size if num_classes is None else num_classes, bias=num_classes is not None)
