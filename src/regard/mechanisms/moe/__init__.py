@@ -1,0 +1,1 @@
+"""Mixtures of experts whose routing or whose experts mix tokens."""
