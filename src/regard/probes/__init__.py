@@ -2,5 +2,6 @@
 
 from regard.probes.indicators import attention_indicators
 from regard.probes.pattern import Pattern, PatternProbe
+from regard.probes.routing import routing_entropy, routing_fluctuation
 
-__all__ = ["Pattern", "PatternProbe", "attention_indicators"]
+__all__ = ["Pattern", "PatternProbe", "attention_indicators", "routing_entropy", "routing_fluctuation"]
