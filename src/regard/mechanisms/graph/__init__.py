@@ -1,0 +1,1 @@
+"""Attention between the nodes of a graph."""
