@@ -62,8 +62,8 @@ class LargeGT(nn.Module, PyTorchModelHubMixin):
 
         y = W FF([local(E_s s), global(E_x x, p)])
 
-    One layer, without edge features. Cost per node O(K² d H + M d H), whatever the size of the graph, but for counting
-    the nodes of each vector of the codebook.
+    The tokens come from `regard.models.graph.sampler.LargeGTSampler`. One layer, without edge features. Cost per node
+    O(K² d H + M d H), whatever the size of the graph, but for counting the nodes of each vector of the codebook.
 
     Args:
         num_nodes: of the graph.
