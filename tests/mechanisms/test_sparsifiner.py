@@ -272,6 +272,12 @@ def test_pruned_patches_stay_zero_and_change_nothing_but_the_class_tokens_normal
     torch.testing.assert_close(out.features[~out.layers[-1].tokens], model.norm.bias.expand(12, -1))
 
 
+def test_dropout_is_for_training() -> None:
+    model, without = vit(drop_rate=0.5), vit()
+    torch.testing.assert_close(model(images()), without(images()), atol=0, rtol=0)
+    assert not torch.allclose(model.train()(images()), without(images()))
+
+
 def test_sizes_and_arguments() -> None:
     assert regard.create("sparsifiner-tiny", depth=1, num_classes=2).blocks[0].attn.qkv.weight.shape == (576, 192)
     assert vit(num_classes=0)(images()).shape == (2, 12)
@@ -289,8 +295,8 @@ def test_published_arguments_that_mean_nothing_here_are_refused() -> None:
     spar = {"cfg.SPAR": {"SCORE_USE_TOPK": True}}
     with pytest.raises(ArgumentError, match="colour"):
         Sparsifiner.from_official(state, colour=1, **spar)
-    with pytest.raises(Unsupported, match="drop_rate"):
-        Sparsifiner.from_official(state, drop_rate=0.1, **spar)
+    with pytest.raises(Unsupported, match="hybrid_backbone"):
+        Sparsifiner.from_official(state, hybrid_backbone=torch.nn.Identity(), **spar)
     with pytest.raises(Unsupported, match=r"cfg\.SPAR"):
         Sparsifiner.from_official(state)
 

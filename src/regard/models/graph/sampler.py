@@ -19,7 +19,7 @@ class LargeGTSampler:
 
     Args:
         adj: (N, N) adjacency, a `torch.sparse_csr` tensor; an entry (i, j) makes j a neighbour of i.
-        x: (N, F) features.
+        x: (N, F) features, on the device of ``adj``, where the tokens are made too.
         sample_node_len: K.
         seed: of the draws.
 
@@ -37,14 +37,15 @@ class LargeGTSampler:
             )
         if sample_node_len < 1:
             raise ArgumentError(f"sample_node_len: expected at least 1, got {sample_node_len}")
-        self._first, self._neighbours = adj.crow_indices().long(), adj.col_indices().long()
+        first, neighbours = adj.crow_indices().long(), adj.col_indices().long()
+        self._first, self._neighbours = first.cpu(), neighbours.cpu()  # drawing is done there
         if sample_node_len - 1 > n and bool((self._first.diff() == 0).any()):
             raise ArgumentError(f"sample_node_len: a node has no neighbours, and {sample_node_len - 1} exceeds all {n}")
         self.num_nodes, self.sample_node_len, self.seed = n, sample_node_len, seed
         values = adj.values().to(x.dtype)
-        rows = values.new_ones(n).index_add(0, torch.repeat_interleave(self._first.diff()), values)
-        columns = values.new_ones(n).index_add(0, self._neighbours, values)
-        adj = torch.sparse_csr_tensor(self._first, self._neighbours, values, (n, n))
+        rows = values.new_ones(n).index_add(0, torch.repeat_interleave(first.diff()), values)
+        columns = values.new_ones(n).index_add(0, neighbours, values)
+        adj = torch.sparse_csr_tensor(first, neighbours, values, (n, n))
         hops = [x]
         for _ in range(2):
             scaled = hops[-1] * rows.rsqrt().unsqueeze(1)
@@ -52,7 +53,7 @@ class LargeGTSampler:
         self.features = torch.stack(hops, 1)
 
     def nodes(self, batch_idx: Tensor) -> Tensor:
-        """The K nodes of each of the sequences, (B, K); the nodes ``batch_idx`` (B,) come first."""
+        """The K nodes of each of the sequences, (B, K) on the CPU; the nodes ``batch_idx`` (B,) come first."""
         if batch_idx.dim() != 1 or batch_idx.dtype not in (torch.int64, torch.int32):
             raise ShapeError(f"batch_idx: expected integers (B,), got {batch_idx.dtype} {tuple(batch_idx.shape)}")
         if batch_idx.numel() and not 0 <= int(batch_idx.min()) <= int(batch_idx.max()) < self.num_nodes:

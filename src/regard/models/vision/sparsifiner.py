@@ -37,18 +37,20 @@ class SparsifinerOutput(NamedTuple):
 class SparsifinerBlock(nn.Module):
     """A pre-norm block that hands on which tokens are left; the others are zeros at its end."""
 
-    def __init__(self, attention: SparsifinerAttention, mlp_ratio: float, drop_path: float):
+    def __init__(self, attention: SparsifinerAttention, mlp_ratio: float, drop: float, drop_path: float):
         super().__init__()
         dim = attention.dim
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
         self.attn = attention
         self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.mlp.act = nn.Sequential(self.mlp.act, nn.Dropout(drop))
+        self.drop = nn.Dropout(drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, tokens: Tensor | None) -> tuple[Tensor, Selection]:
         mixed, chosen = self.attn.attend(self.norm1(x), tokens)
-        x = x + self.drop_path(mixed)
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.drop(mixed))
+        x = x + self.drop_path(self.drop(self.mlp(self.norm2(x))))
         if chosen.tokens is not None:
             x = x.masked_fill(~F.pad(chosen.tokens, (1, 0), value=True).unsqueeze(-1), 0.0)
         return x, chosen
@@ -74,6 +76,7 @@ class Sparsifiner(nn.Module, PyTorchModelHubMixin):
         score_threshold, prune_rows: further rules for the pairs, see `SparsifinerAttention`.
         qkv_bias, qk_scale: of the attention.
         representation_size: width of a layer with tanh before the classifier; None for no such layer.
+        drop_rate: dropout of the embedded tokens, both branches and the hidden layer of the MLPs.
         drop_path_rate: of the last block; rises linearly from 0.
     """
 
@@ -106,6 +109,7 @@ class Sparsifiner(nn.Module, PyTorchModelHubMixin):
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         representation_size: int | None = None,
+        drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
     ):
         super().__init__()
@@ -141,12 +145,14 @@ class Sparsifiner(nn.Module, PyTorchModelHubMixin):
                     qk_scale,
                 ),
                 mlp_ratio,
+                drop_rate,
                 drop_path,
             )
             for attn_rate, token_rate, drop_path in zip(
                 attn_rates, token_rates, drop_path_rates(drop_path_rate, [depth])[0], strict=True
             )
         )
+        self.drop = nn.Dropout(drop_rate)
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.fc = nn.Linear(embed_dim, representation_size) if representation_size else None
         self.head = nn.Linear(representation_size or embed_dim, num_classes) if num_classes else nn.Identity()
@@ -173,7 +179,7 @@ class Sparsifiner(nn.Module, PyTorchModelHubMixin):
             expected = ", ".join(map(str, self.image_shape))
             raise ShapeError(f"images: expected (B, {expected}), got {tuple(images.shape)}")
         x = self.patch_embed(images).flatten(2).mT
-        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed
+        x = self.drop(torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1) + self.pos_embed)
         layers: list[Selection] = []
         for block in self.blocks:
             x, chosen = block(x, layers[-1].tokens if layers else None)
@@ -195,11 +201,9 @@ class Sparsifiner(nn.Module, PyTorchModelHubMixin):
         config["token_keep_rate"] = token_rates
         if kwargs.get("hybrid_backbone") is not None:
             raise Unsupported("hybrid_backbone: only patches are embedded")
-        if kwargs.get("drop_rate"):
-            raise Unsupported(f"drop_rate: there is no dropout here, only drop_path_rate, got {kwargs['drop_rate']}")
         names = ["img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads", "mlp_ratio"]
-        names += ["qkv_bias", "representation_size", "drop_path_rate"]
-        ignored = ["hybrid_backbone", "drop_rate", "attn_drop_rate", "norm_layer", "distill"]
+        names += ["qkv_bias", "representation_size", "drop_rate", "drop_path_rate"]
+        ignored = ["hybrid_backbone", "attn_drop_rate", "norm_layer", "distill"]
         model = cls(**config, **take(kwargs, names, ignored))
         state = without_shared_basis(state_dict, config["share_inout_proj"])
         load_strictly(model, state, {"patch_embed.proj": "patch_embed", "pre_logits.fc": "fc"})
