@@ -143,6 +143,16 @@ def test_in_training_the_codebook_follows_after_it_was_attended_to() -> None:
     assert layer.counts().sum() == 11
 
 
+def test_gradients_in_training_are_those_of_the_codebook_before_its_update() -> None:
+    x, pos_enc, nodes = randn(3, 5), randn(3, 4, seed=2), torch.tensor([7, 0, 10])
+    still, moving = attention_module(), attention_module().train()
+    still(x, pos_enc).square().sum().backward()
+    moving(x, pos_enc, nodes).square().sum().backward()
+    for (name, want), got in zip(still.named_parameters(), moving.parameters(), strict=True):
+        assert want.grad.abs().sum() > 0 or name == "k_proj.bias"  # one number more for all keys changes nothing
+        torch.testing.assert_close(got.grad, want.grad, atol=1e-12, rtol=0)
+
+
 def test_large_codebooks_are_counted_in_larger_integers() -> None:
     assert attention_module().assignment.dtype == torch.int16
     assert attention_module(num_centroids=40_000, global_dim=1).assignment.dtype == torch.int32

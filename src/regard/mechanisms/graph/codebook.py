@@ -152,7 +152,7 @@ class CodebookAttention(nn.Module):
         if self.training and batch_idx is None:
             raise ArgumentError("batch_idx: expected the nodes' numbers in training mode, got None")
         asking = torch.cat([self.g_proj(x), pos_enc], 1)
-        centroids = self.codebook.centroids
+        centroids = self.codebook.centroids.clone()  # the update below is in place, before the backward reads them
         values = self.v_proj(centroids[:, : self.global_dim])
         q, k, v = (split_heads(t[None], self.num_heads) for t in (self.q_proj(asking), self.k_proj(centroids), values))
         y = merge_heads(codebook_attention(q, k, v, self.counts(), self.dropout if self.training else 0.0))[0]
