@@ -94,7 +94,8 @@ class CodebookAttention(nn.Module):
 
     x (B, dim) and positions p (B, global_dim) of B nodes to (B, H·D). Equals attention to all nodes where every node
     equals its vector; cost O(B M H D), and O(num_nodes) to count. In training mode the codebook follows [Wg x, p] after
-    it has been attended to, and the nodes of the batch are assigned anew.
+    it has been attended to, and the nodes of the batch are assigned anew. Gradients are those of the codebook that was
+    attended to; the released code swaps it beneath autograd, so its gradient of Wk is of the updated one.
 
     Args:
         dim: of x.
