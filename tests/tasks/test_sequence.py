@@ -78,3 +78,15 @@ def test_scores_count_weighed_positions_only():
 def test_refusals(make):
     with pytest.raises(ArgumentError):
         make()
+
+
+def test_needles_in_generated_text():
+    task = Needle(64, 2, text="generated")
+    assert task.name == "needle (generated)"
+    ids = task.batch("train", 3, 4).ids
+    assert ids.shape == (4, 64)
+    text = bytes(b for b in ids[0].tolist() if b < 128).decode()
+    assert "the " in text
+    assert not torch.equal(ids, task.batch("test", 3, 4).ids)
+    with pytest.raises(ArgumentError, match="text"):
+        Needle(text="other")

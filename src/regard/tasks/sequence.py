@@ -22,7 +22,8 @@ _TEST_SHARE = 0.1  # of a text, at its end
 
 
 class Batch(NamedTuple):
-    """ids, targets (B, N) long; weights (B, N) float32, 1 where the prediction counts."""
+    """ids, targets (B, N) long; weights (B, N) float32, 1 where the prediction counts; one per row where all of it has
+    one class (`regard.tasks.classification`)."""
 
     ids: Tensor
     targets: Tensor
@@ -30,11 +31,12 @@ class Batch(NamedTuple):
 
 
 class SequenceTask(Protocol):
-    """What a study needs of a task."""
+    """What a study needs of a task; classification tasks have ``num_classes`` too."""
 
-    name: ClassVar[str]
     metric: ClassVar[str]
 
+    @property
+    def name(self) -> str: ...
     @property
     def length(self) -> int: ...
     @property
@@ -55,7 +57,8 @@ def bits(logits: Tensor, batch: Batch) -> float:
     return float((loss * batch.weights).sum() / batch.weights.sum() / torch.log(torch.tensor(2.0)))
 
 
-def _generator(split: str, index: int, seed: int) -> torch.Generator:
+def generator(split: str, index: int, seed: int) -> torch.Generator:
+    """Of one batch; train and test never share one."""
     if split not in ("train", "test"):
         raise ArgumentError(f"split: expected 'train' or 'test', got {split!r}")
     if not (0 <= index < 2**31 and 0 <= seed < 2**31):
@@ -65,9 +68,9 @@ def _generator(split: str, index: int, seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(2 * mixed + (split == "test"))
 
 
-def _distinct(rows: int, count: int, below: int, generator: torch.Generator) -> Tensor:
+def _distinct(rows: int, count: int, below: int, g: torch.Generator) -> Tensor:
     """(rows, count) numbers from 0 to below - 1, no two alike in a row, in random order."""
-    return torch.rand(rows, below, generator=generator).argsort(1)[:, :count]
+    return torch.rand(rows, below, generator=g).argsort(1)[:, :count]
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ class AssociativeRecall:
         return 4 * self.pairs
 
     def batch(self, split: Split, index: int, batch_size: int, seed: int = 0) -> Batch:
-        g = _generator(split, index, seed)
+        g = generator(split, index, seed)
         keys = _distinct(batch_size, self.pairs, self.keys, g)
         values = torch.randint(self.keys, self.vocab_size, keys.shape, generator=g)
         pairs = torch.stack([keys, values], 2)
@@ -143,7 +146,7 @@ class SelectiveCopying:
         return self.span + self.count
 
     def batch(self, split: Split, index: int, batch_size: int, seed: int = 0) -> Batch:
-        g = _generator(split, index, seed)
+        g = generator(split, index, seed)
         places = _distinct(batch_size, self.count, self.span, g).sort(1).values
         symbols = torch.randint(2, self.vocab_size, places.shape, generator=g)
         ids = torch.zeros(batch_size, self.length, dtype=torch.long)
@@ -163,15 +166,27 @@ def _bytes() -> Tensor:
     return torch.tensor(list(english().encode("ascii", "replace")))
 
 
-def _windows(split: Split, length: int, batch_size: int, generator: torch.Generator) -> Tensor:
+def _windows(split: Split, length: int, batch_size: int, g: torch.Generator) -> Tensor:
     """(B, length) bytes of the manual; the end of the text is for tests alone."""
     text = _bytes()
     cut = int(len(text) * (1 - _TEST_SHARE))
     text = text[:cut] if split == "train" else text[cut:]
     if length > len(text):
         raise ArgumentError(f"length: the {split} text has {len(text)} bytes, got {length}")
-    start = torch.randint(len(text) - length + 1, (batch_size, 1), generator=generator)
+    start = torch.randint(len(text) - length + 1, (batch_size, 1), generator=g)
     return text[start + torch.arange(length)]
+
+
+def _sentences(split: Split, length: int, batch_size: int, g: torch.Generator) -> Tensor:
+    """(B, length) bytes of generated text; train and test differ by their generators alone."""
+    subjects = ("door", "river", "clock", "garden", "letter", "road", "window", "song")
+    verbs = ("waits", "turns", "opens", "sleeps", "falls", "shines", "stays", "returns")
+    rows = []
+    for _ in range(batch_size):
+        drawn = torch.randint(8, (length // 12 + 2, 2), generator=g).tolist()
+        text = " ".join(f"the {subjects[s]} {verbs[v]}." for s, v in drawn)
+        rows.append(list(text.encode())[:length])
+    return torch.tensor(rows)
 
 
 @dataclass(frozen=True)
@@ -191,7 +206,7 @@ class ByteText:
             raise ArgumentError(f"length: expected at least 1, got {self.length}")
 
     def batch(self, split: Split, index: int, batch_size: int, seed: int = 0) -> Batch:
-        window = _windows(split, self.length + 1, batch_size, _generator(split, index, seed))
+        window = _windows(split, self.length + 1, batch_size, generator(split, index, seed))
         return Batch(window[:, :-1], window[:, 1:], torch.ones(batch_size, self.length))
 
     def score(self, logits: Tensor, batch: Batch) -> float:
@@ -200,7 +215,9 @@ class ByteText:
 
 @dataclass(frozen=True)
 class Needle:
-    """A key of several digits hidden at a random place of real text (`ByteText`'s), to be given back at the end.
+    """A key of several digits hidden at a random place of a text, to be given back at the end.
+
+    The text is real, `ByteText`'s, or "generated": sentences of three words drawn at random, such as "the door waits.".
 
     Token 128 stands before the needle and again where it is asked for; digits are the bytes 48 to 57, after a mark.
     Score: `accuracy` of the digits; guessing gives 0.1.
@@ -208,17 +225,24 @@ class Needle:
 
     length: int = 256
     digits: int = 4
-    name: ClassVar[str] = "needle"
+    text: Literal["real", "generated"] = "real"
     metric: ClassVar[str] = "accuracy"
     vocab_size: ClassVar[int] = 129
 
+    @property
+    def name(self) -> str:
+        return "needle" if self.text == "real" else "needle (generated)"
+
     def __post_init__(self) -> None:
+        if self.text not in ("real", "generated"):
+            raise ArgumentError(f"text: expected 'real' or 'generated', got {self.text!r}")
         if self.digits < 1 or self.length < 2 * self.digits + 1:
             raise ArgumentError(f"length: expected at least 2 * digits + 1, got {self.length} for {self.digits} digits")
 
     def batch(self, split: Split, index: int, batch_size: int, seed: int = 0) -> Batch:
-        g = _generator(split, index, seed)
-        window = _windows(split, self.length + 1, batch_size, g)
+        g = generator(split, index, seed)
+        make = _windows if self.text == "real" else _sentences
+        window = make(split, self.length + 1, batch_size, g)
         mark = torch.full((batch_size, 1), 128)
         key = torch.randint(48, 58, (batch_size, self.digits), generator=g)
         needle = torch.cat([mark, key], 1)
