@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from regard.tasks import agreement, negative_log_likelihood, perplexity
+from regard.tasks.metrics import hit_rate, ndcg, ranks
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -31,3 +32,12 @@ def test_agreement():
     assert agreement([1, 2, 3, 4], [1, 0, 3, 4]) == 0.75
     with pytest.raises(ValueError, match="longer"):
         agreement([1], [1, 2])
+
+
+def test_scores_of_recommendations():
+    scores = torch.tensor([[0.1, 0.9, 0.5], [0.1, 0.9, 0.5], [0.1, 0.9, 0.5]])
+    targets = torch.tensor([1, 2, 0])
+    assert ranks(scores, targets).tolist() == [0, 1, 2]
+    assert hit_rate(scores, targets, 2) == pytest.approx(2 / 3)
+    assert ndcg(scores, targets, 2) == pytest.approx((1 + math.log(2) / math.log(3)) / 3)
+    assert ndcg(scores, targets, 1) == pytest.approx(1 / 3)

@@ -25,3 +25,19 @@ def perplexity(losses: Sequence[float]) -> float:
 def agreement(predicted: Sequence[int], expected: Sequence[int]) -> float:
     """The share of positions at which two equally long token sequences are the same."""
     return sum(p == e for p, e in zip(predicted, expected, strict=True)) / len(expected)
+
+
+def hit_rate(scores: Tensor, targets: Tensor, k: int) -> float:
+    """HR@k: the share of users whose item is among the k best: (B, items) scores and (B,) item ids."""
+    return (ranks(scores, targets) < k).double().mean().item()
+
+
+def ndcg(scores: Tensor, targets: Tensor, k: int) -> float:
+    """NDCG@k with one relevant item: mean of ``1 / log2(rank + 2)``, rank from 0, and 0 from rank k on."""
+    rank = ranks(scores, targets)
+    return torch.where(rank < k, 1 / torch.log2(rank.double() + 2), 0.0).mean().item()
+
+
+def ranks(scores: Tensor, targets: Tensor) -> Tensor:
+    """How many items score better than each target (B,); one that ties does not."""
+    return (scores > scores.gather(-1, targets[..., None].long())).sum(-1)
