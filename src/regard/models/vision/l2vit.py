@@ -4,15 +4,15 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.attention import attention
-from regard.errors import ArgumentError, ShapeError, Unsupported
+from regard.errors import ArgumentError, Unsupported
 from regard.layers import MLP, load_strictly, merge_heads, per_head, split_heads
 from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates, unwindows, windows
 from regard.mechanisms.linear.relu_linear import ReLULinearAttention
+from regard.models.vision.backbone import Backbone
 
 
 class WindowAttention(nn.Module):
@@ -96,7 +96,7 @@ class Downsample(nn.Module):
         return self.proj(_filled(self.norm(x), 2))
 
 
-class L2ViT(nn.Module, PyTorchModelHubMixin):
+class L2ViT(Backbone):
     """Images (B, in_chans, H, W) to logits (B, num_classes), at any size.
 
     A convolutional stem (stride 4), four stages that alternate `WindowBlock` and `GlobalBlock`, 2×2 convolutions of
@@ -109,6 +109,7 @@ class L2ViT(nn.Module, PyTorchModelHubMixin):
         window_size: of the window attention.
         mlp_ratio: width of the MLPs, one for all or one per stage.
         drop_path_rate: of the last block; rises linearly from 0.
+        features_only: give the stages' feature maps, see `Backbone`.
     """
 
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
@@ -133,6 +134,7 @@ class L2ViT(nn.Module, PyTorchModelHubMixin):
         window_size: int = 7,
         mlp_ratio: float | Sequence[float] = 4.0,
         drop_path_rate: float = 0.0,
+        features_only: bool = False,
     ):
         super().__init__()
         stages = len(dims)
@@ -141,6 +143,8 @@ class L2ViT(nn.Module, PyTorchModelHubMixin):
             if len(given) != stages:
                 raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
+        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
+        self.features_only = features_only
         half = dims[0] // 2
         self.stem = nn.Sequential(
             *(Conv2d(in_chans, half, 3, 2), BatchNorm2d(half), nn.ReLU()),
@@ -163,20 +167,15 @@ class L2ViT(nn.Module, PyTorchModelHubMixin):
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """The output of each stage, (B, ⌈H / s⌉, ⌈W / s⌉, C) at strides s = 4, 8, 16, 32."""
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ShapeError(f"images: expected (B, {self.in_chans}, H, W), got {tuple(images.shape)}")
         x = self.stem(_filled(images.movedim(1, -1), 4))
         features = []
         for i, stage in enumerate(self.stages):
-            if i:
-                x = self.downsamples[i - 1](x)
-            x = stage(x)
+            x = stage(x if i == 0 else self.downsamples[i - 1](x))
             features.append(x)
         return features
 
-    def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.norm(self.forward_features(images)[-1]).mean((1, 2)))
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(x).mean((1, 2)))
 
     @classmethod
     def from_official(

@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, ClassVar
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from regard.errors import ArgumentError, ShapeError
+from regard.errors import ArgumentError
 from regard.layers import load_strictly
 from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
 from regard.layers.scale import LayerScale
 from regard.mechanisms.linear.mala import GridMagnitudeAwareAttention, halves_of_rows_and_columns
+from regard.models.vision.backbone import Backbone
 
 
 class ConvMLP(nn.Module):
@@ -48,7 +48,7 @@ class MalaBlock(nn.Module):
         return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))
 
 
-class MALA(nn.Module, PyTorchModelHubMixin):
+class MALA(Backbone):
     """Images (B, in_chans, H, W) to logits (B, num_classes), at any size.
 
     A convolutional stem (stride 4), four stages with convolutions of stride 2 between them, a projection with Swish,
@@ -63,6 +63,7 @@ class MALA(nn.Module, PyTorchModelHubMixin):
         projection: channels before the pooling.
         drop_path_rate: of the last block; rises linearly from 0.
         layer_scale: initial scale of the branches of each stage, None for none.
+        features_only: give the stages' feature maps, see `Backbone`.
     """
 
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
@@ -102,6 +103,7 @@ class MALA(nn.Module, PyTorchModelHubMixin):
         projection: int = 2048,
         drop_path_rate: float = 0.1,
         layer_scale: Sequence[float | None] = (1.0, 1.0, 1.0, 1.0),
+        features_only: bool = False,
     ):
         super().__init__()
         stages = len(dims)
@@ -116,6 +118,8 @@ class MALA(nn.Module, PyTorchModelHubMixin):
             if len(given) != stages:
                 raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, projection
+        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
+        self.features_only = features_only
         half, full = dims[0] // 2, dims[0]
         stem: list[nn.Module] = []
         for dim_in, dim_out, stride in ((in_chans, half, 2), (half, half, 1), (half, half, 1), (half, full, 2)):
@@ -137,9 +141,6 @@ class MALA(nn.Module, PyTorchModelHubMixin):
         self.head = nn.Linear(projection, num_classes) if num_classes else nn.Identity()
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
-        """The output of each stage, (B, H / s, W / s, C) at strides s = 4, 8, 16, 32."""
-        if images.dim() != 4 or images.shape[1] != self.in_chans:
-            raise ShapeError(f"images: expected (B, {self.in_chans}, H, W), got {tuple(images.shape)}")
         x = self.stem(images.movedim(1, -1))
         features = []
         for i, stage in enumerate(self.stages):
@@ -147,9 +148,8 @@ class MALA(nn.Module, PyTorchModelHubMixin):
             features.append(x)
         return features
 
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.act(self.norm(self.proj(self.forward_features(images)[-1])))
-        return self.head(x.mean((1, 2)))
+    def forward_head(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.norm(self.proj(x))).mean((1, 2)))
 
     @classmethod
     def from_official(

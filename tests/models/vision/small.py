@@ -1,0 +1,8 @@
+"""A small configuration and an image size of every backbone, by its name in the catalogue."""
+
+from typing import Any
+
+SMALL: dict[str, tuple[dict[str, Any], int]] = {
+    "mala/model": ({"in_chans": 2, "dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}, 64),
+    "l2vit/model": ({"in_chans": 1, "dims": (8, 16), "depths": (2, 1), "num_heads": (1, 2), "window_size": 3}, 32),
+}
