@@ -78,8 +78,9 @@ def test_the_last_item_is_for_tests():
     assert set(train.targets[:, -1].tolist()) == {3, 4, 5, 6, 7, 8, 13, 14}
     assert set(test.targets[:, -1].tolist()) == {9, 15}
     assert test.weights.sum(1).eq(1).all()
-    with pytest.raises(ArgumentError, match="1 users have no more than 6"):
-        NextItem(length=6, data=data).batch("train", 0, 1)
+    assert set(NextItem(length=6, data=data).batch("test", 0, 50).targets[:, -1].tolist()) == {9}
+    with pytest.raises(ArgumentError, match="no user has more than 10"):
+        NextItem(length=10, data=data).batch("train", 0, 1)
 
 
 def test_ndcg_leaves_the_history_out():

