@@ -5,4 +5,8 @@ from typing import Any
 SMALL: dict[str, tuple[dict[str, Any], int]] = {
     "mala/model": ({"in_chans": 2, "dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 2, 4)}, 64),
     "l2vit/model": ({"in_chans": 1, "dims": (8, 16), "depths": (2, 1), "num_heads": (1, 2), "window_size": 3}, 32),
+    "shvit": (
+        {"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "partial_dims": (4, 5), "attention": (False, True)},
+        64,
+    ),
 }

@@ -1,0 +1,1 @@
+"""Mechanisms on token grids (B, H, W, C)."""
