@@ -9,4 +9,5 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "partial_dims": (4, 5), "attention": (False, True)},
         64,
     ),
+    "cas-vit": ({"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "mlp_ratio": 2, "distillation": False}, 32),
 }
