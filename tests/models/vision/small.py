@@ -10,4 +10,16 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         64,
     ),
     "cas-vit": ({"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "mlp_ratio": 2, "distillation": False}, 32),
+    "maxvit": (
+        {
+            "in_chans": 2,
+            "embed_dims": (8, 16),
+            "depths": (1, 1),
+            "stem_width": 4,
+            "partition_size": 2,
+            "head_hidden": 12,
+            "attention": {"head_dim": 4},
+        },
+        32,
+    ),
 }
