@@ -22,4 +22,16 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "gc-vit": (
+        {
+            "in_chans": 2,
+            "dim": 8,
+            "depths": (2, 2),
+            "num_heads": (1, 2),
+            "window_size": (2, 4),
+            "resolution": 32,
+            "layer_scale": 0.5,
+        },
+        32,
+    ),
 }

@@ -42,25 +42,45 @@ class PartitionAttention(nn.Module, PyTorchModelHubMixin):
     tokens: ClassVar[str]
     argument: ClassVar[str]
 
-    def __init__(self, dim: int, num_heads: int, size: int | Sequence[int], qkv_bias: bool, relative_bias: bool):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        size: int | Sequence[int],
+        qkv_bias: bool,
+        proj_bias: bool,
+        relative_bias: bool,
+        projections: int = 3,
+    ):
         super().__init__()
         per_head(dim, num_heads)
         self.dim, self.num_heads, self.size = dim, num_heads, window_shape(size, self.argument)
         if len(self.size) != 2:
             raise ArgumentError(f"{self.argument}: expected one number or (height, width), got {size}")
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, projections * dim, bias=qkv_bias)
         self.rel_pos = RelativePositionBias(self.size, num_heads) if relative_bias else None
-        self.proj = nn.Linear(dim, dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check(x)
+        query, key, value = self._heads(x)
+        return self._mix(query, key, value, x)
+
+    def _check(self, x: Tensor) -> None:
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ShapeError(f"x: expected (B, H, W, {self.dim}), got {tuple(x.shape)}")
         _divides(self.argument, self.size, x.shape[1:3])
-        (p, q), (h, w) = self.size, (x.shape[1] // self.size[0], x.shape[2] // self.size[1])
+
+    def _heads(self, x: Tensor) -> list[Tensor]:
+        """What is projected from each group, (B · groups, heads, tokens, D)."""
+        p, q = self.size
         groups = rearrange(x, f"b {self.tokens} c -> (b h w) (p q) c", p=p, q=q)
-        query, key, value = (split_heads(t, self.num_heads) for t in self.qkv(groups).chunk(3, -1))
+        return [split_heads(t, self.num_heads) for t in self.qkv(groups).split(self.dim, -1)]
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, x: Tensor) -> Tensor:
         bias = None if self.rel_pos is None else self.rel_pos()[None]
         y = self.proj(merge_heads(attention(query, key, value, bias=bias)))
+        (p, q), (h, w) = self.size, (x.shape[1] // self.size[0], x.shape[2] // self.size[1])
         return rearrange(y, f"(b h w) (p q) c -> b {self.tokens} c", p=p, q=q, h=h, w=w)
 
 
@@ -75,7 +95,7 @@ class BlockAttention(PartitionAttention):
         dim: C.
         num_heads: heads.
         window_size: P, or (height, width); must divide H and W.
-        qkv_bias: whether the projections have biases.
+        qkv_bias, proj_bias: whether the projections have biases.
         relative_bias: whether scores get a learned number per offset and head.
 
     Raises:
@@ -91,9 +111,10 @@ class BlockAttention(PartitionAttention):
         num_heads: int,
         window_size: int | Sequence[int] = 7,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
         relative_bias: bool = True,
     ):
-        super().__init__(dim, num_heads, window_size, qkv_bias, relative_bias)
+        super().__init__(dim, num_heads, window_size, qkv_bias, proj_bias, relative_bias)
 
 
 class GridAttention(PartitionAttention):
@@ -109,7 +130,7 @@ class GridAttention(PartitionAttention):
         dim: C.
         num_heads: heads.
         grid_size: G, or (rows, columns); must divide H and W.
-        qkv_bias: whether the projections have biases.
+        qkv_bias, proj_bias: whether the projections have biases.
         relative_bias: whether scores get a learned number per offset and head.
 
     Raises:
@@ -125,9 +146,10 @@ class GridAttention(PartitionAttention):
         num_heads: int,
         grid_size: int | Sequence[int] = 7,
         qkv_bias: bool = True,
+        proj_bias: bool = True,
         relative_bias: bool = True,
     ):
-        super().__init__(dim, num_heads, grid_size, qkv_bias, relative_bias)
+        super().__init__(dim, num_heads, grid_size, qkv_bias, proj_bias, relative_bias)
 
 
 def _divides(argument: str, shape: Sequence[int], grid: Sequence[int]) -> None:

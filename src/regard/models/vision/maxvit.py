@@ -130,7 +130,7 @@ class PartitionLayer(nn.Module, PyTorchModelHubMixin):
             raise ArgumentError(f"head_dim: {head_dim} does not divide dim {dim}")
         attention = BlockAttention if kind == "block" else GridAttention
         self.norm1, self.norm2 = nn.LayerNorm(dim, norm_eps), nn.LayerNorm(dim, norm_eps)
-        self.attn = attention(dim, dim // head_dim, size, bias, relative_bias)
+        self.attn = attention(dim, dim // head_dim, size, bias, bias, relative_bias)
         self.mlp = MLP(dim, int(dim * mlp_ratio), act=ACTS[act])
         scales = (LayerScale(dim, layer_scale) if layer_scale else nn.Identity() for _ in range(2))
         self.ls1, self.ls2 = scales
