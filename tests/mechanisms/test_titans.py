@@ -127,6 +127,38 @@ def test_it_recalls_the_pairs_it_was_given() -> None:
     torch.testing.assert_close(got[0], values, atol=1e-4, rtol=1e-4)
 
 
+def recall(depth: int, expansion: float, width: int, learning_rate: float, seed: int = 0) -> float:
+    """Mean cosine of 64 random values with what is read back for their keys (of this width) after one pass."""
+    torch.manual_seed(seed)
+    memory = NeuralMemory(
+        width + 16, depth=depth, expansion=expansion, batch_size=1, momentum=False, decay=False, pre_norm=False,
+        residual_norm=False, max_lr=2 * learning_rate,
+    )  # fmt: skip
+    keys, values = (4 * F.normalize(torch.randn(64, n), dim=-1) for n in (width, 16))
+    is_key = torch.arange(width + 16) < width
+    with torch.no_grad():
+        memory.theta.weight.zero_()
+        memory.theta.bias.zero_()  # theta is half of max_lr
+        for projection, part in ((memory.q_proj, is_key), (memory.k_proj, is_key), (memory.v_proj, ~is_key)):
+            projection.weight.copy_(part.diag())
+        if depth == 1:
+            memory.memory["w0"].zero_()
+        state = memory.stream(torch.cat([keys, values], 1)[None])[1]
+        asked = torch.cat([keys, torch.zeros_like(values)], 1)[None]
+        got = memory.read(asked, {name: w.unsqueeze(2) for name, w in state.weights.items()})[0, :, width:]
+    return F.cosine_similarity(got, values, dim=-1).mean().item()
+
+
+def test_a_network_recalls_random_pairs_after_one_pass() -> None:
+    assert recall(2, 2.0, 448, 10.0) > 0.9
+
+
+def test_a_network_recalls_more_than_a_matrix_when_pairs_exceed_the_width() -> None:
+    for seed in range(3):
+        matrix = max(recall(1, 1.0, 16, rate, seed) for rate in (0.03, 0.1, 0.3, 1.0))
+        assert recall(2, 8.0, 16, 0.3, seed) > matrix + 0.01
+
+
 def test_refusals() -> None:
     for config, word in (
         ({"num_heads": 1, "head_dim": 3}, "head_dim"),

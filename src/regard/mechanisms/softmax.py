@@ -57,19 +57,20 @@ class SoftmaxAttention(Mechanism):
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         self._check(x, context, valid, dim=self.dim)
-        q, k, v = self._qkv(x, x if context is None else context)
+        q, k, v = self.qkv(x, x if context is None else context)
         mask = visible(x.shape[1], self.causal, valid, window_size=self.window_size)
         return self.o_proj(merge_heads(attention(q, k, v, mask=mask)))
 
     def stream(self, x: Tensor, state: KV | None = None, *, valid: Tensor | None = None) -> tuple[Tensor, KV]:
         self._check(x, valid=valid, dim=self.dim, streaming=True)
         past = seen(state)
-        q, k, v = self._qkv(x, x, past)
+        q, k, v = self.qkv(x, x, past)
         state = KV.append(state, k, v, valid)
         mask = visible(x.shape[1], True, state.valid, past, self.window_size)
         return self.o_proj(merge_heads(attention(q, state.key, state.value, mask=mask))), state
 
-    def _qkv(self, x: Tensor, source: Tensor, past: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    def qkv(self, x: Tensor, source: Tensor, past: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries (B, H, N, D) of x and keys (B, Hk, M, D) of source, both counted from past, and values."""
         q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
         v = split_heads(self.v_proj(source), self.num_kv_heads)

@@ -10,4 +10,17 @@ CASES = [
         {"dim": 12, "num_heads": 2, "chunk_size": 3, "qk_norm": True, "post_norm": True, "lr_modulation": True},
     ),
     Case("plain", {"dim": 12, "chunk_size": 2, "momentum": False, "decay": False, "pre_norm": False, "max_lr": 0.1}),
+    *(
+        Case(
+            f"{part}-{p}-persistent",
+            {"dim": 12, "num_heads": 2, reach: 5, "num_persistent": p, "rope_theta": theta, "memory": memory},
+            part=part,
+        )
+        for part, reach in (
+            ("memory-as-context", "segment_len"),
+            ("memory-as-gate", "window_size"),
+            ("memory-as-layer", "window_size"),
+        )
+        for p, theta, memory in ((3, 50.0, {"chunk_size": 2, "depth": 1}), (0, None, {"max_lr": 0.1, "chunk_size": 3}))
+    ),
 ]

@@ -192,7 +192,7 @@ class DecoupledQKAttention(SoftmaxAttention):
             raise ShapeError(
                 f"source: expected (1 or {x.shape[0]}, {x.shape[1]}, {self.dim}), got {tuple(source.shape)}"
             )
-        q, k, _ = self._qkv(x if source is None else source, x if source is None else source, past)
+        q, k, _ = self.qkv(x if source is None else source, x if source is None else source, past)
         q, k = (t.expand(x.shape[0], -1, -1, -1) for t in (q, k))
         return q, k, split_heads(self.v_proj(x), self.num_kv_heads)
 

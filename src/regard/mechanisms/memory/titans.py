@@ -134,16 +134,14 @@ class NeuralMemory(Mechanism):
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         self._check(x, context, valid, dim=self.dim)
-        if valid is not None and bool((valid[:, 1:] & ~valid[:, :-1]).any()):
-            raise Unsupported("valid: padding must follow the tokens, because chunks are counted from the first one")
+        check_padding(valid)
         return self._advance(x, self.initial_state(x))[0]
 
     def stream(
         self, x: Tensor, state: MemoryState | None = None, *, valid: Tensor | None = None
     ) -> tuple[Tensor, MemoryState]:
         self._check(x, valid=valid, dim=self.dim, streaming=True)
-        if valid is not None and not bool(valid.all()):
-            raise Unsupported("valid: a stream takes no padding, which would become part of a chunk")
+        check_padding(valid, streaming=True)
         return self._advance(x, self.initial_state(x) if state is None else state)
 
     def initial_state(self, x: Tensor) -> MemoryState:
@@ -283,6 +281,14 @@ class HeadRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, x.shape[-1:]) * (self.gamma + 1)
+
+
+def check_padding(valid: Tensor | None, streaming: bool = False) -> None:
+    """Refuse padding (B, N) before tokens, and all of it in a stream."""
+    if valid is not None and streaming and not bool(valid.all()):
+        raise Unsupported("valid: a stream takes no padding, which would become part of a chunk")
+    if valid is not None and bool((valid[:, 1:] & ~valid[:, :-1]).any()):
+        raise Unsupported("valid: padding must follow the tokens, because chunks are counted from the first one")
 
 
 def apply_memory(weights: Weights, x: Tensor) -> Tensor:

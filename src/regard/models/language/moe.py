@@ -41,7 +41,7 @@ class RoutedBlock(nn.Module):
     def _run(self, x: Tensor, state: RoutedState | None, valid: Tensor | None) -> tuple[Tensor, RoutedState]:
         before, votes = (None, None) if state is None else state
         past, h, mixer, router = seen(before), self.norm1(x), self.mixer, self.moe.router
-        q, k, v = mixer._qkv(h, h, past)
+        q, k, v = mixer.qkv(h, h, past)
         kv = KV.append(before, k, v, valid)
         mask = visible(x.shape[1], mixer.causal, kv.valid, past)
         x = x + mixer.o_proj(merge_heads(attention(q, kv.key, kv.value, mask=mask)))
