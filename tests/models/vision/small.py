@@ -34,4 +34,8 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "spectformer": (
+        {"in_chans": 2, "img_size": 32, "patch_size": 8, "dim": 8, "depth": 3, "alpha": 2, "num_heads": 2},
+        32,
+    ),
 }
