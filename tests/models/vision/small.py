@@ -38,4 +38,8 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "img_size": 32, "patch_size": 8, "dim": 8, "depth": 3, "alpha": 2, "num_heads": 2},
         32,
     ),
+    "spectformer/h": (
+        {"in_chans": 2, "img_size": 32, "dims": (8, 12), "depths": (1, 2), "num_heads": (1, 2), "spectral_stages": 1},
+        32,
+    ),
 }
