@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from regard.errors import ArgumentError
-from regard.mechanisms.heads.moh import MixtureOfHeadAttention, balance_loss
+from regard.errors import ArgumentError, Unsupported
+from regard.mechanisms.heads.moh import MixtureOfHeadAttention, convert_mha_to_moh, moh_balance_loss
+from regard.mechanisms.softmax import SoftmaxAttention
 
 
 def module(**config) -> MixtureOfHeadAttention:
@@ -64,6 +65,44 @@ def test_with_all_heads_at_one_it_is_multi_head_attention() -> None:
     torch.testing.assert_close(layer(x), layer.o_proj(want.transpose(1, 2).flatten(2)))
 
 
+def test_the_hard_gates_of_training_have_the_gradient_of_their_probabilities() -> None:
+    layer, x = module(router="query_norm", shared_heads=4), tokens()
+    q = (x @ layer.q_proj.weight.T).unflatten(-1, (8, 2)).transpose(1, 2).detach().requires_grad_()
+    gates = layer.route(x, q).gates
+    assert torch.equal(gates.detach(), layer.eval().route(x, q).gates)
+    norms = q[:, 4:].norm(dim=-1).transpose(1, 2)
+    probabilities = (norms / norms.std(-1, keepdim=True)).softmax(-1)
+    weights = torch.randn_like(gates)
+    (want,) = torch.autograd.grad((probabilities * weights[..., 4:]).sum(), q)
+    torch.testing.assert_close(torch.autograd.grad((gates * weights).sum(), q)[0], want)
+    assert not layer.route(x, q).gates.requires_grad
+
+
+@pytest.mark.parametrize("config", [{"rope_theta": 50.0, "num_kv_heads": 2}, {"bias": True, "causal": False}])
+def test_multi_head_attention_is_converted_with_its_weights(config: dict) -> None:
+    torch.manual_seed(0)
+    attn, x = SoftmaxAttention(16, 8, head_dim=4, **config).double().eval(), tokens()
+    same = convert_mha_to_moh(attn, 3, 5)
+    assert not same.training
+    torch.testing.assert_close(same(x), attn(x))
+    fewer = convert_mha_to_moh(attn, 3, 1)
+    fewer(x)
+    assert bool((fewer.last_routing.gates.sum(-1) == 4).all())
+    learned = convert_mha_to_moh(attn, 3, 2, router="learned")
+    assert torch.equal(learned.v_proj.weight, attn.v_proj.weight)
+    assert learned(x).dtype == torch.float64
+    learned.o_proj.weight.data.zero_()
+    assert bool(attn.o_proj.weight.any())  # the weights are copies
+
+
+def test_what_cannot_be_converted() -> None:
+    for config in ({"window_size": 4}, {"qk_norm": True}):
+        with pytest.raises(Unsupported, match="window_size or qk_norm"):
+            convert_mha_to_moh(SoftmaxAttention(16, 4, **config), 1, 1)
+    with pytest.raises(ArgumentError, match="routed_heads: expected 0 to 3, got 4"):
+        convert_mha_to_moh(SoftmaxAttention(16, 4), 1, 4)
+
+
 def test_equal_norms_do_not_divide_by_zero() -> None:
     layer = module(router="query_norm", shared_heads=4)
     assert bool(layer(torch.zeros(1, 3, 16, dtype=torch.float64)).isfinite().all())
@@ -75,7 +114,7 @@ def test_balance_loss_is_least_when_load_is_even() -> None:
         layer.wg.weight.zero_()
         layer.wg.weight[:2] = 5.0  # all tokens with a positive sum choose the first two
     layer(tokens().abs())
-    crowded = balance_loss(layer)
+    crowded = moh_balance_loss(layer)
     routing = layer.last_routing
     assert int(routing.mask.sum(-1).unique()) == 2
     even = 8**2 * (1 / 8) * (2 / 8)
@@ -112,4 +151,4 @@ def test_bad_arguments(config, message) -> None:
 
 def test_there_is_no_loss_without_layers() -> None:
     with pytest.raises(ArgumentError, match="found none"):
-        balance_loss(torch.nn.Linear(2, 2))
+        moh_balance_loss(torch.nn.Linear(2, 2))

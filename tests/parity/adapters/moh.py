@@ -13,7 +13,7 @@ ATOL = 1e-5
 def check(golden: Golden) -> Iterable[Comparison]:
     for name, kwargs in golden.kwargs.items():
         variant = "llama" if name.startswith("llama") else "dit"
-        layer = regard.from_official("moh", golden.state(f"{name}."), variant=variant, **kwargs)
+        layer = regard.from_official("moh", golden.state(f"{name}."), variant=variant, **kwargs).eval()
         x = golden.inputs[f"{name}_x" if f"{name}_x" in golden.inputs else "x"].clone().requires_grad_()
         out = layer(x)
         yield golden.compare(name, out, atol=ATOL)

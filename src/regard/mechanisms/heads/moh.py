@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from regard.attention import attention
-from regard.errors import ArgumentError
+from regard.errors import ArgumentError, Unsupported
 from regard.layers import load_strictly, merge_heads, per_head, split_heads, split_rows
 from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen, visible
+from regard.mechanisms.softmax import SoftmaxAttention
 from regard.positions import rotate_tokens
 
 ROUTERS = ("learned", "query_norm")
@@ -41,7 +42,8 @@ class MixtureOfHeadAttention(Mechanism):
     gated, as in the published code: exact, without its possible saving. With gates of one this is multi-head attention.
 
     The "query_norm" router has no weights (for models that were trained dense): r_i = ‖q_i‖ before rotation, the top k
-    of softmax(r / std r) are active, and gates are 1 or 0.
+    of p = softmax(r / std r) are active, and gates are 1 or 0. In training these gates have the gradient of p
+    (straight-through, arXiv:1308.3432).
 
     Args:
         dim, num_heads, num_kv_heads, head_dim: C, H, key heads and D.
@@ -147,8 +149,11 @@ class MixtureOfHeadAttention(Mechanism):
         spread = norms.std(-1, keepdim=True) if norms.shape[-1] > 1 else torch.zeros_like(norms)
         probabilities = (norms / torch.where(spread > 0, spread, 1.0)).softmax(-1)
         mask = _top(probabilities, self.routed_heads)
-        shared = mask.new_ones(*mask.shape[:2], self.shared_heads)
-        return Routing(torch.cat([shared, mask], -1).to(q.dtype), mask, _balance(probabilities, mask))
+        routed = mask.to(q.dtype)
+        if self.training:
+            routed = routed + (probabilities - probabilities.detach())
+        shared = routed.new_ones(*mask.shape[:2], self.shared_heads)
+        return Routing(torch.cat([shared, routed], -1), mask, _balance(probabilities, mask))
 
     @classmethod
     def from_official(
@@ -193,7 +198,38 @@ class MixtureOfHeadAttention(Mechanism):
         return module
 
 
-def balance_loss(model: nn.Module) -> Tensor:
+def convert_mha_to_moh(
+    attn: SoftmaxAttention, shared_heads: int, routed_heads: int, router: str = "query_norm"
+) -> MixtureOfHeadAttention:
+    """A mixture of heads with the weights of multi-head attention, to tune on; all heads active, it computes the same.
+
+    "query_norm" is what the paper tunes a pretrained model with; a "learned" router starts with random weights.
+
+    Raises:
+        ArgumentError: numbers of heads that do not fit.
+        Unsupported: attention with a window or with norms of queries and keys, which this mechanism has not.
+    """
+    if attn.window_size is not None or not isinstance(attn.q_norm, nn.Identity):
+        raise Unsupported("attn: attention with window_size or qk_norm has no mixture of heads with the same weights")
+    bias = attn.q_proj.bias is not None
+    moh = MixtureOfHeadAttention(
+        attn.dim,
+        attn.num_heads,
+        attn.num_kv_heads,
+        attn.head_dim,
+        shared_heads,
+        routed_heads,
+        qkv_bias=bias,
+        proj_bias=bias,
+        router=router,
+        rope_theta=attn.rope_theta,
+        causal=attn.causal,
+    )
+    moh.load_state_dict(moh.state_dict() | attn.state_dict())
+    return moh.to(attn.q_proj.weight).train(attn.training)
+
+
+def moh_balance_loss(model: nn.Module) -> Tensor:
     """The mean of the balance losses of all MoH layers in their last call; the paper adds 0.01 times this.
 
     Raises:
