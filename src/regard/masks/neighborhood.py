@@ -139,19 +139,36 @@ def neighborhood(
         window, dilation, stride, causal: one value, or one per axis; ``1 <= stride <= window`` and
             ``window * dilation <= L`` on every axis.
     """
-    shape = grid_shape(grid)
-    sizes = per_axis("window", window, shape, 1)
-    dilations, strides = per_axis("dilation", dilation, shape, 1), per_axis("stride", stride, shape, 1)
-    causals = spread("causal", causal, shape)
-    if not all(isinstance(each, bool) for each in causals):
-        raise ArgumentError(f"causal must be True or False, or one of them per axis, got {causal!r}")
-    for axis, (length, size, gap, step) in enumerate(zip(shape, sizes, dilations, strides, strict=True)):
-        if step > size:
-            raise ArgumentError(f"stride must not exceed the window, got stride {step}, window {size} on axis {axis}")
-        if size * gap > length:
-            raise ArgumentError(
-                f"window * dilation must fit the grid, got {size} * {gap} on axis {axis} of length {length}"
-            )
-    axes = tuple(NeighborhoodAxis(*each) for each in zip(shape, sizes, dilations, strides, causals, strict=True))
+    axes = neighborhood_axes(grid_shape(grid), window, dilation, stride, causal)
+    names = ("length", "window", "dilation", "stride", "causal")
+    shape, sizes, dilations, strides, causals = (tuple(getattr(axis, each) for axis in axes) for each in names)
     name = f"neighborhood({shape}, {sizes}, dilation={dilations}, stride={strides}, causal={causals})"
     return Product(shape, axes, name)
+
+
+def neighborhood_axes(
+    shape: tuple[int, ...],
+    window: int | Sequence[int],
+    dilation: int | Sequence[int] = 1,
+    stride: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    *,
+    window_name: str = "window",
+    causal_name: str = "causal",
+) -> tuple[NeighborhoodAxis, ...]:
+    """The axes of `neighborhood`, its arguments checked; the last two are their names in messages."""
+    sizes = per_axis(window_name, window, shape, 1)
+    dilations, strides = per_axis("dilation", dilation, shape, 1), per_axis("stride", stride, shape, 1)
+    causals = spread(causal_name, causal, shape)
+    if not all(isinstance(each, bool) for each in causals):
+        raise ArgumentError(f"{causal_name} must be True or False, or one of them per axis, got {causal!r}")
+    for axis, (length, size, gap, step) in enumerate(zip(shape, sizes, dilations, strides, strict=True)):
+        if step > size:
+            raise ArgumentError(
+                f"stride must not exceed the {window_name}, got stride {step}, {window_name} {size} on axis {axis}"
+            )
+        if size * gap > length:
+            raise ArgumentError(
+                f"{window_name} * dilation must fit the grid, got {size} * {gap} on axis {axis} of length {length}"
+            )
+    return tuple(NeighborhoodAxis(*each) for each in zip(shape, sizes, dilations, strides, causals, strict=True))
