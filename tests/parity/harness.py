@@ -164,6 +164,11 @@ def judge(golden: Golden, comparison: Comparison) -> Result:
     return Result(golden.name, name, error, atol) if error <= atol else failed("differs", error)
 
 
+def indicators(key: Tensor) -> Tensor:
+    """(B, Hk, M, M) one value per key (B, Hk, M, D) of its own: attention to them is the weights."""
+    return torch.eye(key.shape[2], dtype=key.dtype).expand(*key.shape[:2], -1, -1)
+
+
 def max_abs_error(got: Tensor, want: Tensor) -> float:
     """The largest |got - want|; inf where only one is NaN, or where infinities differ."""
     got, want = got.to(torch.float64), want.to(torch.float64)

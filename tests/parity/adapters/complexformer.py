@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import regard
-from tests.parity.harness import Comparison, Golden
+from tests.parity.harness import Comparison, Golden, indicators
 
 ATOL = 1e-5
 
@@ -33,6 +33,6 @@ def check(golden: Golden) -> Iterable[Comparison]:
 
 def weights(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """Attention to indicators of the keys is the weights."""
-    each = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+    each = indicators(k)
     mask = regard.masks.causal().shift(k.shape[2] - q.shape[2])
     return regard.attention(q, k, each, mask=mask, scale=scale)

@@ -6,7 +6,7 @@ import torch
 
 import regard
 from regard.positions import rotate
-from tests.parity.harness import Comparison, Golden
+from tests.parity.harness import Comparison, Golden, indicators
 
 ATOL = 1e-5
 
@@ -26,6 +26,6 @@ def check(golden: Golden) -> Iterable[Comparison]:
     q, k = layer.normalize(q, k)
     for name, part in (("normed_q", q), ("normed_k", k)):
         yield golden.compare(name, part.transpose(1, 2), atol=ATOL)
-    each = torch.eye(hidden.shape[1]).expand(*k.shape[:2], -1, -1)  # attention to indicators of the keys is the weights
+    each = indicators(k)
     weights = regard.attention(rotate(q, *angles), rotate(k, *angles), each, mask=regard.masks.causal())
     yield golden.compare("attn_weights", weights, atol=ATOL)

@@ -9,7 +9,7 @@ import torch
 
 import regard
 from regard.mechanisms.sparse.dynamic_mask import published_mask
-from tests.parity.harness import Comparison, Golden
+from tests.parity.harness import Comparison, Golden, indicators
 
 ATOL = 1e-5
 SLUG = "dynamic-mask-attention"
@@ -25,7 +25,7 @@ def check(golden: Golden) -> Iterable[Comparison]:
     groups = layer.num_heads // layer.num_kv_heads
     worth = layer.worth(v)
     seen, bias = (t.repeat_interleave(groups, 1) for t in (published_mask(worth, layer.window_size), worth[:, :, None]))
-    each = torch.eye(x.shape[1]).expand(*k.shape[:2], -1, -1)  # attention to indicators is the weights
+    each = indicators(k)
     yield golden.compare("attn_weights", regard.attention(q, k, each, mask=seen, bias=bias), ATOL)
     model = regard.from_official(SLUG, golden.state(), variant="model", ties="topk", **golden.kwargs).eval()
     yield golden.compare("logits", model(golden.inputs["input_ids"]), ATOL)

@@ -6,7 +6,7 @@ import torch
 
 import regard
 from regard.mechanisms.heads.sigmoid import SigmoidBlock
-from tests.parity.harness import Comparison, Golden
+from tests.parity.harness import Comparison, Golden, indicators
 
 ATOL = 1e-5
 
@@ -22,7 +22,7 @@ def check(golden: Golden) -> Iterable[Comparison]:
         if variant == "alibi_causal":  # the file's only gradient is this one's
             yield golden.compare("grad/in/x", torch.autograd.grad(out.sum(), x)[0], atol=ATOL)
         q, k, _ = layer.qkv(x, source)
-        each = torch.eye(source.shape[1]).expand(*k.shape[:2], -1, -1)  # attention to indicators is the weights
+        each = indicators(k)
         yield golden.compare(f"{variant}.attn", layer.mix(q, k, each), atol=ATOL)
 
     block = SigmoidBlock.from_official(golden.state("block."), **kwargs)

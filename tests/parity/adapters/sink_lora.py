@@ -6,7 +6,7 @@ import torch
 
 import regard
 from regard.mechanisms.sparse.sink_lora import into_groups
-from tests.parity.harness import Comparison, Golden
+from tests.parity.harness import Comparison, Golden, indicators
 
 
 def check(golden: Golden) -> Iterable[Comparison]:
@@ -21,6 +21,6 @@ def check(golden: Golden) -> Iterable[Comparison]:
     q, k, _ = layer.qkv(hidden)
     k = k.repeat_interleave(layer.num_heads // layer.num_kv_heads, dim=1)
     q, k = (into_groups(t, group, layer.shifted_heads) for t in (q, k))
-    each = torch.eye(group).expand(*k.shape[:2], -1, -1)  # attention to indicators of the keys is the weights
+    each = indicators(k)
     weights = regard.attention(q, k, each, mask=regard.masks.causal(), backend="reference")
     yield golden.compare("s2_weights", weights, atol=1e-5)

@@ -91,8 +91,9 @@ class LightningAttention(Mechanism):
         if gate == "low-rank":
             narrow = nn.Linear(dim, self.head_dim, bias=False)
             self.gate_proj = nn.Sequential(narrow, nn.Linear(self.head_dim, inner, bias=False))
-        kinds = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
-        self.norm = SimpleRMSNorm() if norm == "simple" else kinds[norm](inner, eps=1e-5 if norm == "layer" else 1e-6)
+        self.norm: nn.Module = nn.LayerNorm(inner)
+        if norm != "layer":
+            self.norm = nn.RMSNorm(inner, eps=1e-6, elementwise_affine=norm == "rms")
         self.o_proj = nn.Linear(inner, dim, bias=False)
         self.theta: nn.Parameter | None = None
         if relative:
@@ -159,14 +160,6 @@ class LightningAttention(Mechanism):
         else:
             raise ArgumentError(f"variant: expected tnl or minimax, got {variant!r}")
         return module
-
-
-class SimpleRMSNorm(nn.Module):
-    """``x / sqrt(mean x² + 1e-6)``, without weights."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * (wide.square().mean(-1, keepdim=True) + 1e-6).rsqrt()).to(x.dtype)
 
 
 def lightning_slopes(num_heads: int, layer_idx: int = 0, num_layers: int = 1, rule: str = "alibi") -> Tensor:

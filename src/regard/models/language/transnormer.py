@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from regard.errors import ShapeError, Unsupported
 from regard.layers import load_strictly
-from regard.mechanisms.linear.lightning import LightningAttention, SimpleRMSNorm
+from regard.mechanisms.linear.lightning import LightningAttention
 
 
 class GatedLinearUnit(nn.Module):
@@ -65,7 +65,7 @@ class TransNormerLLM(nn.Module, PyTorchModelHubMixin):
             for layer in range(depth)
         )
         self.mlps = nn.ModuleList(GatedLinearUnit(dim, glu_dim) for _ in range(depth))
-        self.norm = SimpleRMSNorm()
+        self.norm = nn.RMSNorm(dim, eps=1e-6, elementwise_affine=False)
         self.head = nn.Linear(dim, vocab_size, bias=False)
 
     def forward(self, ids: Tensor, valid: Tensor | None = None) -> Tensor:
