@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from regard.errors import ArgumentError
+from regard import masks
+from regard.errors import ArgumentError, ShapeError
 from regard.mechanisms.heads import sigmoid
 from regard.mechanisms.heads.sigmoid import SigmoidAttention, SigmoidBlock, sigmoid_attention
 
@@ -22,7 +23,8 @@ def test_it_is_its_double_sum(causal: bool, chunk: int, monkeypatch) -> None:
     q, k, v = qkv()
     slopes, valid = torch.tensor([0.5, 0.25]), torch.ones(2, 7, dtype=torch.bool)
     valid[1, 5:] = False
-    got = sigmoid_attention(q, k, v, causal=causal, valid=valid, logit_bias=-1.0, temperature=0.3, slopes=slopes)
+    mask = masks.padding(valid) & masks.causal() if causal else masks.padding(valid)
+    got = sigmoid_attention(q, k, v, mask=mask, logit_bias=-1.0, temperature=0.3, slopes=slopes)
     want = torch.zeros_like(got)
     for b in range(2):
         for h in range(2):
@@ -34,11 +36,46 @@ def test_it_is_its_double_sum(causal: bool, chunk: int, monkeypatch) -> None:
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)  # bias and temperature are float32
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        masks.causal() & masks.sliding_window(3),
+        masks.per_head([masks.causal(), masks.causal() & masks.sliding_window(2)]),
+        masks.from_function(lambda b, h, i, j: (j >= 6) & (i < 4)),  # the last queries see nothing
+        torch.arange(9) % 2 == 0,
+        None,
+    ],
+    ids=["window", "per-head", "nothing", "tensor", "none"],
+)
+def test_any_mask_only_hides_keys(mask, monkeypatch) -> None:
+    monkeypatch.setattr(sigmoid, "_CHUNK", 2)
+    q, k, v = qkv(9, 9)
+    slopes = torch.tensor([0.5, 0.25])
+    weights = (q @ k.mT / 3**0.5 + slopes[:, None, None] * (torch.arange(9) - torch.arange(9)[:, None] - 2)).sigmoid()
+    dense = torch.ones(9, 9) if mask is None else mask if isinstance(mask, torch.Tensor) else mask.dense(9, 9)
+    want = (weights * dense) @ v
+    torch.testing.assert_close(sigmoid_attention(q, k, v, mask=mask, slopes=slopes, past=2), want)
+
+
+def test_keys_out_of_reach_are_not_computed(monkeypatch) -> None:
+    """In a row of chunks, the first of ten may only see itself."""
+    monkeypatch.setattr(sigmoid, "_CHUNK", 2)
+    q, k, v = qkv(20, 20)
+    k[:, :, 2:] = torch.nan  # would show in 0 · NaN
+    v[:, :, 2:] = torch.nan
+    assert bool(sigmoid_attention(q, k, v, mask=masks.causal())[:, :, :2].isfinite().all())
+
+
+def test_a_mask_of_another_length_is_refused() -> None:
+    with pytest.raises(ShapeError, match="mask"):
+        sigmoid_attention(*qkv(), mask=masks.from_dense(torch.ones(3, 3, dtype=torch.bool)))
+
+
 def test_gradients_also_where_rows_are_computed_again(monkeypatch) -> None:
     q, k, v = (t[:1].requires_grad_() for t in qkv(5, 5))
     for chunk in (256, 2):
         monkeypatch.setattr(sigmoid, "_CHUNK", chunk)
-        assert torch.autograd.gradcheck(lambda *t: sigmoid_attention(*t, causal=True), (q, k, v))
+        assert torch.autograd.gradcheck(lambda *t: sigmoid_attention(*t, mask=masks.causal()), (q, k, v))
 
 
 def test_parts_of_the_keys_add_up() -> None:
@@ -51,7 +88,7 @@ def test_parts_of_the_keys_add_up() -> None:
 def test_a_query_without_keys_gives_zeros() -> None:
     q, k, v = qkv()
     valid = torch.zeros(2, 7, dtype=torch.bool)
-    assert torch.equal(sigmoid_attention(q, k, v, valid=valid), torch.zeros_like(q))
+    assert torch.equal(sigmoid_attention(q, k, v, mask=masks.padding(valid)), torch.zeros_like(q))
 
 
 def test_the_bias_sets_the_size_of_the_first_outputs() -> None:

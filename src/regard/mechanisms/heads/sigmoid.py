@@ -7,10 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from regard.attention.problem import Problem, checked
 from regard.errors import ArgumentError
 from regard.layers import MLP, load_strictly, merge_heads, per_head, split_heads, split_rows
 from regard.layers.scale import LayerScale
-from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen
+from regard.masks import Mask
+from regard.mechanisms.base import KV, Mechanism, Pattern, legitimate, seen, visible
 from regard.positions import alibi_slopes, rotate_tokens
 
 NORMALISE = (None, "n", "sqrt_n")
@@ -107,12 +109,11 @@ class SigmoidAttention(Mechanism):
             q,
             k,
             v,
-            causal=self.causal,
-            past=past,
-            valid=valid,
+            mask=visible(q.shape[2], self.causal, valid, past),
             logit_bias=self.logit_bias,
             temperature=self.temperature,
             slopes=alibi_slopes(self.num_heads).to(q) if self.alibi else None,
+            past=past,
         )
         if self.normalise is None:
             return out
@@ -204,12 +205,11 @@ def sigmoid_attention(
     k: Tensor,
     v: Tensor,
     *,
-    causal: bool = False,
-    past: int = 0,
-    valid: Tensor | None = None,
+    mask: Mask | Tensor | None = None,
     logit_bias: Tensor | float = 0.0,
     temperature: Tensor | float = 0.0,
     slopes: Tensor | None = None,
+    past: int = 0,
     scale: float | None = None,
 ) -> Tensor:
     """``Σ_j sigmoid((scale q_i·k_j + slope (j - i)) exp(temperature) + logit_bias) v_j``.
@@ -218,57 +218,48 @@ def sigmoid_attention(
 
     Args:
         q: (B, H, N, D). k, v: (B, Hk, M, D), (B, Hk, M, E), where Hk divides H.
-        causal: query i is token ``past + i`` and sees keys up to itself.
-        valid: (B, M) bool of the keys.
+        mask: as in `regard.attention`. Keys that a chunk of queries cannot reach are left out.
         slopes: (H,) of linear biases; None for none.
+        past: the position of the first query among the keys, for the linear biases.
         scale: 1/√D by default.
 
     Returns:
         (B, H, N, E).
+
+    Raises:
+        ShapeError, ArgumentError: as `regard.attention`.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = (t if groups == 1 else t.repeat_interleave(groups, 1) for t in (k, v))
+    p = checked(q, k, v, mask, None, scale)
     factor = torch.as_tensor(temperature, device=q.device, dtype=torch.float32).exp()
     bias = torch.as_tensor(logit_bias, device=q.device, dtype=torch.float32)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    again = p.needs_grad and p.n > _CHUNK  # the backward computes the rows again
+
+    def rows(first: int, keys: slice) -> Tensor:
+        wide, queries = torch.promote_types(q.dtype, torch.float32), slice(first, first + _CHUNK)
+        key, value = (t[:, :, keys].to(wide).repeat_interleave(p.groups, 1) for t in (k, v))
+        scores = (q[:, :, queries].to(wide) * p.scale) @ key.mT
+        if slopes is not None:
+            i, j = (torch.arange(size, device=q.device)[part] for size, part in ((p.n, queries), (p.m, keys)))
+            scores = scores + slopes.to(wide)[:, None, None] * (j - (i + past)[:, None])
+        scores = scores * factor + bias
+        if (allowed := p.allowed(queries)) is not None:
+            scores = scores.masked_fill(~(allowed if allowed.shape[-1] == 1 else allowed[..., keys]), -torch.inf)
+        return (scores.sigmoid() @ value).to(v.dtype)
+
     out = []
-    for first in range(0, q.shape[2], _CHUNK):
-        rows = q[:, :, first : first + _CHUNK]
-        start = past + first
-        reach = min(k.shape[2], start + rows.shape[2]) if causal else k.shape[2]
-        seen_keys = None if valid is None else valid[:, :reach]
-        arguments = (rows, k[:, :, :reach], v[:, :, :reach], scale, bias, factor, slopes, seen_keys, causal, start)
-        if torch.is_grad_enabled() and q.shape[2] > _CHUNK and any(t.requires_grad for t in (q, k, v)):
-            out.append(checkpoint(_rows, *arguments, use_reentrant=False))
-        else:
-            out.append(_rows(*arguments))
+    for i, keys in enumerate(_reached(p)):
+        out.append(checkpoint(rows, i * _CHUNK, keys, use_reentrant=False) if again else rows(i * _CHUNK, keys))
     return torch.cat(out, 2)
 
 
-def _rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    scale: float,
-    bias: Tensor,
-    factor: Tensor,
-    slopes: Tensor | None,
-    valid: Tensor | None,
-    causal: bool,
-    start: int,
-) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (q.to(wide) * scale) @ k.to(wide).mT
-    query = torch.arange(start, start + q.shape[2], device=q.device)[:, None]
-    key = torch.arange(k.shape[2], device=q.device)
-    if slopes is not None:
-        scores = scores + slopes.to(wide)[:, None, None] * (key - query)
-    scores = scores * factor + bias
-    if causal:
-        scores = scores.masked_fill(key > query, -torch.inf)
-    if valid is not None:
-        scores = scores.masked_fill(~valid[:, None, None, :], -torch.inf)
-    return (scores.sigmoid() @ v.to(wide)).to(v.dtype)
+def _reached(p: Problem) -> list[slice]:
+    """For each chunk of queries, from the first to the last key that any of them may see."""
+    chunks = -(-p.n // _CHUNK)
+    if not isinstance(p.mask, Mask) or chunks < 2 or p.m == 0 or torch.compiler.is_compiling():
+        return [slice(0, p.m)] * max(chunks, 1)
+    blocks = (p.mask.blocks(p.n, p.m, _CHUNK).grid() > 0).flatten(0, 1).any(0)
+    found = (row.nonzero().flatten().tolist() or [0, -1] for row in blocks)
+    return [slice(columns[0] * _CHUNK, (columns[-1] + 1) * _CHUNK) for columns in found]
 
 
 def _halves_apart(rows: Tensor, heads: int) -> Tensor:
