@@ -42,4 +42,16 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "img_size": 32, "dims": (8, 12), "depths": (1, 2), "num_heads": (1, 2), "spectral_stages": 1},
         32,
     ),
+    "dinat": (
+        {
+            "in_chans": 2,
+            "embed_dim": 8,
+            "depths": (2, 1),
+            "num_heads": (1, 2),
+            "kernel_size": 3,
+            "dilations": ((1, 2), (1,)),
+            "layer_scale": 0.5,
+        },
+        32,
+    ),
 }
