@@ -6,8 +6,8 @@ import torch
 import regard
 from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers.grid import DropPath, drop_path_rates, unwindows, windows
+from regard.mechanisms.grid.window import WindowAttention2d
 from regard.mechanisms.linear.relu_linear import ReLULinearAttention
-from regard.models.vision.l2vit import WindowAttention
 
 
 @pytest.mark.parametrize("least", [0.5, 100.0])
@@ -39,7 +39,7 @@ def test_windows_and_back() -> None:
 
 def test_window_attention_stays_inside_its_window() -> None:
     torch.manual_seed(0)
-    layer = WindowAttention(8, 2, 3)
+    layer = WindowAttention2d(8, 2, 3)
     x = torch.randn(1, 5, 6, 8)
     other = x.clone()
     other[0, 4, 5] += 1

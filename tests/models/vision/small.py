@@ -54,4 +54,8 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "davit": (
+        {"in_chans": 2, "embed_dims": (8, 16), "depths": (1, 1), "num_heads": (2, 4), "window_size": 3},
+        32,
+    ),
 }

@@ -7,31 +7,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.attention import attention
 from regard.errors import ArgumentError, Unsupported
-from regard.layers import MLP, load_strictly, merge_heads, per_head, split_heads
-from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates, unwindows, windows
+from regard.layers import MLP, load_strictly
+from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
+from regard.mechanisms.grid.window import WindowAttention2d
 from regard.mechanisms.linear.relu_linear import ReLULinearAttention
 from regard.models.vision.backbone import Backbone
-
-
-class WindowAttention(nn.Module):
-    """Softmax attention inside windows of (B, H, W, C), without shift or bias; zeros fill up the last windows.
-
-    The zeros are tokens like others, their keys are the projection's bias: so it was published.
-    """
-
-    def __init__(self, dim: int, num_heads: int, window_size: int):
-        super().__init__()
-        per_head(dim, num_heads)
-        self.num_heads, self.window_size = num_heads, window_size
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        cut = windows(x, self.window_size)
-        q, k, v = (split_heads(t, self.num_heads) for t in self.qkv(cut).chunk(3, -1))
-        return unwindows(self.proj(merge_heads(attention(q, k, v))), self.window_size, *x.shape[1:3])
 
 
 class LocalConcentration(nn.Module):
@@ -54,7 +35,7 @@ class WindowBlock(nn.Module):
         super().__init__()
         self.cpe = nn.ModuleList(DepthwiseConv2d(dim) for _ in range(2))
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, num_heads, window_size)
+        self.attn = WindowAttention2d(dim, num_heads, window_size)
         self.mlp = MLP(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
