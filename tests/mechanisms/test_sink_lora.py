@@ -3,8 +3,15 @@
 import pytest
 import torch
 
-from regard.errors import ArgumentError, ShapeError
-from regard.mechanisms.sparse.sink_lora import ShiftedGroupAttention, group_mask, rolled_group_attention
+from regard.errors import ArgumentError, ShapeError, Unsupported
+from regard.layers.lora import merge_lora
+from regard.mechanisms.sparse.sink_lora import (
+    ShiftedGroupAttention,
+    group_mask,
+    rolled_group_attention,
+    sinklora_finetune,
+)
+from regard.models.language import LanguageModel
 
 
 def module(**config) -> ShiftedGroupAttention:
@@ -77,6 +84,7 @@ def test_information_crosses_groups_in_two_layers() -> None:
         ({"leaky": True}, "num_sinks"),
         ({"return_ratio": 1.5}, "return_ratio"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"rope_factor": 0.0}, "rope_factor"),
     ],
 )
 def test_bad_arguments(config, message) -> None:
@@ -87,3 +95,64 @@ def test_bad_arguments(config, message) -> None:
 def test_the_roll_needs_groups_that_divide() -> None:
     with pytest.raises(ShapeError, match="must divide"):
         module(leaky=True, num_sinks=0).train()(torch.randn(1, 10, 16))
+
+
+def language_model(**config) -> LanguageModel:
+    torch.manual_seed(0)
+    return LanguageModel(**{"vocab_size": 11, "dim": 16, "depth": 2, "num_kv_heads": 2, **config})
+
+
+def test_finetuning_trains_low_rank_changes_norms_and_embeddings() -> None:
+    model = language_model(tie_embeddings=False)
+    norms, embeddings = 5 * 16, 11 * 16
+    for train_norms, more in ((True, norms + embeddings), (False, 0)):
+        tuned = sinklora_finetune(language_model(tie_embeddings=False), rank=3, train_norms=train_norms)
+        trainable = sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+        square, narrow = 3 * (16 + 16), 3 * (16 + 8)  # q and o; k and v of half the heads
+        assert trainable == 2 * (2 * square + 2 * narrow) + more
+        frozen = sum(p.numel() for p in tuned.parameters()) - trainable
+        assert frozen == sum(p.numel() for p in model.parameters()) - more
+
+
+def test_finetuning_begins_as_the_model_and_ends_in_its_weights() -> None:
+    model, ids = language_model(), torch.randint(11, (2, 16))
+    want = model.eval()(ids)
+    torch.manual_seed(1)
+    tuned = sinklora_finetune(model, rank=2, group_size=4, num_sinks=1)
+    assert tuned is model
+    torch.testing.assert_close(tuned(ids), want)
+    assert not torch.allclose(tuned.train()(ids), want)  # groups of four
+    before = {name: p.clone() for name, p in tuned.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves what was zero, the second the rest
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(tuned(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimizer.step()
+    changed = {name for name, p in tuned.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora" in name or "norm" in name or "embedding" in name}
+    want = tuned.eval()(ids)
+    merge_lora(tuned)
+    plain = language_model().eval()
+    plain.load_state_dict(tuned.state_dict())
+    torch.testing.assert_close(plain(ids), want)
+
+
+def test_a_rope_factor_moves_tokens_together() -> None:
+    near = language_model(rope_theta=50.0).eval()
+    far = sinklora_finetune(language_model(rope_theta=50.0).eval(), rope_factor=2.0)
+    ids = torch.randint(11, (1, 9))
+    assert not torch.allclose(far(ids), near(ids))
+    x = torch.randn(1, 5, 16)
+    q, k, _ = far.blocks[0].mixer.qkv(x)
+    near_q, near_k, _ = near.blocks[0].mixer.qkv(x, x)
+    torch.testing.assert_close(q[:, :, 4], near.blocks[0].mixer.qkv(x[:, 4:], x[:, 4:], 2)[0][:, :, 0])
+    assert not torch.allclose(k[:, :, 4], near_k[:, :, 4])
+    torch.testing.assert_close(q[:, :, 0], near_q[:, :, 0])
+
+
+def test_what_cannot_be_finetuned() -> None:
+    with pytest.raises(ArgumentError, match="expected a module with SoftmaxAttention inside, got Linear"):
+        sinklora_finetune(torch.nn.Linear(2, 2))
+    for config in ({"mixers": ("softmax", {"window_size": 4})}, {"mixers": ("softmax", {"qk_norm": True})}):
+        with pytest.raises(Unsupported, match="cannot be grouped"):
+            sinklora_finetune(language_model(**config))

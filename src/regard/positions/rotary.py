@@ -47,16 +47,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned, rest), dim=-1) if rest.shape[-1] else turned
 
 
-def rotate_tokens(x: Tensor, theta: float | None, past: int = 0, dim: int | None = None) -> Tensor:
+def rotate_tokens(x: Tensor, theta: float | None, past: int = 0, dim: int | None = None, factor: float = 1.0) -> Tensor:
     """Rotate `x` (..., N, D) as the tokens ``past .. past + N - 1`` of a sequence; unchanged where theta is None.
 
     Args:
         theta: base of the frequencies, see `rotary_angles`.
         dim: rotate only the first so many channels; all by default.
+        factor: positions are divided by it, so that a longer context fits (linear scaling, arXiv:2306.15595).
     """
     if theta is None or dim == 0:
         return x
-    positions = torch.arange(past, past + x.shape[-2], device=x.device)
+    positions = torch.arange(past, past + x.shape[-2], device=x.device) / factor
     return rotate(x, *rotary_angles(positions, x.shape[-1] if dim is None else dim, theta))
 
 

@@ -43,7 +43,8 @@ class MixtureOfHeadAttention(Mechanism):
 
     The "query_norm" router has no weights (for models that were trained dense): r_i = ‖q_i‖ before rotation, the top k
     of p = softmax(r / std r) are active, and gates are 1 or 0. In training these gates have the gradient of p
-    (straight-through, arXiv:1308.3432).
+    (straight-through, arXiv:1308.3432). `convert_mha_to_moh` makes such a layer from trained attention; `moh_balance_loss` is
+    what training adds to the loss, times 0.01.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim: C, H, key heads and D.
@@ -209,8 +210,8 @@ def convert_mha_to_moh(
         ArgumentError: numbers of heads that do not fit.
         Unsupported: attention with a window or with norms of queries and keys, which this mechanism has not.
     """
-    if attn.window_size is not None or not isinstance(attn.q_norm, nn.Identity):
-        raise Unsupported("attn: attention with window_size or qk_norm has no mixture of heads with the same weights")
+    if type(attn) is not SoftmaxAttention or attn.window_size is not None or not isinstance(attn.q_norm, nn.Identity):
+        raise Unsupported("attn: expected SoftmaxAttention without window_size or qk_norm, which MoH does not have")
     bias = attn.q_proj.bias is not None
     moh = MixtureOfHeadAttention(
         attn.dim,

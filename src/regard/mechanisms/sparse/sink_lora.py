@@ -7,11 +7,13 @@ from torch import Tensor, nn
 
 from regard import masks
 from regard.attention import attention
-from regard.errors import ArgumentError, ShapeError
+from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers import load_strictly, merge_heads, per_head, split_heads
+from regard.layers.lora import inject_lora
 from regard.masks import Mask
 from regard.masks.grid import Segments
 from regard.mechanisms.base import KV, Mechanism, Pattern, check_rate, seen, visible
+from regard.mechanisms.softmax import SoftmaxAttention
 from regard.positions import rotate_tokens
 
 
@@ -28,6 +30,8 @@ class ShiftedGroupAttention(Mechanism):
     As released, shifting rolls the sequence, so the first G/2 tokens share a group with the last G/2 and see the
     future. ``leaky=True`` reproduces that, for parity only; it needs G to divide N and has no sinks.
 
+    `sinklora_finetune` prepares a trained model for the paper's recipe.
+
     Args:
         dim, num_heads, num_kv_heads, head_dim: C, H and the key heads, dividing H.
         group_size: G, even; None takes a quarter of the sequence, as published.
@@ -37,6 +41,7 @@ class ShiftedGroupAttention(Mechanism):
         leaky: roll as the released code does.
         always: use groups in eval mode too.
         rope_theta: base of the rotary angles; None leaves positions out.
+        rope_factor: positions are divided by it.
         bias: of the projections.
     """
 
@@ -57,6 +62,7 @@ class ShiftedGroupAttention(Mechanism):
         leaky: bool = False,
         always: bool = False,
         rope_theta: float | None = None,
+        rope_factor: float = 1.0,
         bias: bool = False,
     ):
         super().__init__()
@@ -65,11 +71,13 @@ class ShiftedGroupAttention(Mechanism):
             raise ArgumentError(f"group_size: expected an even number, got {group_size}")
         if num_sinks < 0 or (leaky and num_sinks):
             raise ArgumentError(f"num_sinks: expected 0 or more, and 0 with leaky=True, got {num_sinks}")
+        if rope_factor <= 0:
+            raise ArgumentError(f"rope_factor: expected a number above 0, got {rope_factor}")
         self.group_ratio = check_rate("group_ratio", group_ratio)
         self.shifted_heads = num_heads // 2 - round(check_rate("return_ratio", return_ratio) * (num_heads // 2))
         self.dim, self.num_heads, self.causal = dim, num_heads, True
         self.group_size, self.num_sinks, self.leaky, self.always = group_size, num_sinks, leaky, always
-        self.rope_theta = rope_theta
+        self.rope_theta, self.rope_factor = rope_theta, rope_factor
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=bias)
         self.k_proj, self.v_proj = (nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=bias) for _ in range(2))
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=bias)
@@ -102,7 +110,8 @@ class ShiftedGroupAttention(Mechanism):
         """The rotated queries (B, H, N, D) and keys, and the values (B, Hk, N, D)."""
         q = split_heads(self.q_proj(x), self.num_heads)
         k, v = (split_heads(proj(x), self.num_kv_heads) for proj in (self.k_proj, self.v_proj))
-        return rotate_tokens(q, self.rope_theta, past), rotate_tokens(k, self.rope_theta, past), v
+        q, k = (rotate_tokens(t, self.rope_theta, past, factor=self.rope_factor) for t in (q, k))
+        return q, k, v
 
     def groups_of(self, length: int) -> int:
         """Tokens per group in a sequence of this length."""
@@ -129,6 +138,71 @@ class ShiftedGroupAttention(Mechanism):
         )
         load_strictly(module, state_dict)
         return module.train()
+
+
+def sinklora_finetune(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: float = 16.0,
+    group_size: int | None = None,
+    return_ratio: float = 0.5,
+    num_sinks: int = 4,
+    rope_factor: float = 1.0,
+    train_norms: bool = True,
+) -> nn.Module:
+    """Prepare a trained model for SinkLoRA's fine-tuning on longer sequences, in place.
+
+    Softmax attention becomes `ShiftedGroupAttention` with the same weights: in groups while training, full otherwise.
+    Everything is frozen except low-rank changes of the query, key, value and output projections (arXiv:2106.09685),
+    the norms and the embeddings. Train it as usual (published: learning rate 2e-5, 20 steps of warm-up). Afterwards
+    `regard.layers.lora.merge_lora` leaves weights that also fit the model as it was.
+
+    Args:
+        model: a `LanguageModel`, or any module with `SoftmaxAttention` inside.
+        rank, alpha: of the changes, which are scaled by alpha / rank.
+        group_size, return_ratio, num_sinks: of the attention.
+        rope_factor: positions are divided by it; published is ⌈new length / old length⌉.
+        train_norms: train norms and embeddings too, which the paper needs for long contexts.
+
+    Returns:
+        The model.
+
+    Raises:
+        ArgumentError: no such attention is inside, or an argument does not fit.
+        Unsupported: attention with a window or with norms of queries and keys.
+    """
+    config = {
+        "group_size": group_size,
+        "return_ratio": return_ratio,
+        "num_sinks": num_sinks,
+        "rope_factor": rope_factor,
+    }
+    grouped = {
+        (parent, name): _grouped_like(child, rank, alpha, **config)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if type(child) is SoftmaxAttention
+    }
+    if not grouped:
+        raise ArgumentError(f"model: expected a module with SoftmaxAttention inside, got {type(model).__name__}")
+    model.requires_grad_(False)
+    for (parent, name), attn in grouped.items():
+        setattr(parent, name, attn)
+    for module in model.modules():
+        if train_norms and isinstance(module, nn.RMSNorm | nn.LayerNorm | nn.Embedding):
+            module.requires_grad_()
+    return model
+
+
+def _grouped_like(attn: SoftmaxAttention, rank: int, alpha: float, **config: Any) -> ShiftedGroupAttention:
+    if attn.window_size is not None or not isinstance(attn.q_norm, nn.Identity) or not attn.causal:
+        raise Unsupported("model: attention with window_size, qk_norm or causal=False cannot be grouped")
+    shape = attn.dim, attn.num_heads, attn.num_kv_heads, attn.head_dim
+    bias = attn.q_proj.bias is not None
+    grouped = ShiftedGroupAttention(*shape, rope_theta=attn.rope_theta, bias=bias, **config)
+    grouped.load_state_dict(attn.state_dict())
+    inject_lora(grouped, ("q_proj", "k_proj", "v_proj", "o_proj"), rank, alpha)
+    return grouped.to(attn.q_proj.weight).train(attn.training)
 
 
 def group_mask(num_heads: int, group_size: int, shifted_heads: int, num_sinks: int) -> Mask:
