@@ -43,8 +43,9 @@ class MixtureOfHeadAttention(Mechanism):
 
     The "query_norm" router has no weights (for models that were trained dense): r_i = ‖q_i‖ before rotation, the top k
     of p = softmax(r / std r) are active, and gates are 1 or 0. In training these gates have the gradient of p
-    (straight-through, arXiv:1308.3432). `convert_mha_to_moh` makes such a layer from trained attention; `moh_balance_loss` is
-    what training adds to the loss, times 0.01.
+    (straight-through, arXiv:1308.3432).
+
+    `convert_mha_to_moh` makes a layer from trained attention. Training adds 0.01 `moh_balance_loss` to the loss.
 
     Args:
         dim, num_heads, num_kv_heads, head_dim: C, H, key heads and D.
