@@ -186,7 +186,7 @@ def peers(n: int) -> Iterator[tuple[str, str, nn.Module, nn.Module]]:
         yield (
             "agent-attention-pytorch",
             "agent-attention",
-            create("agent-attention", dim=DIM, num_heads=HEADS, num_agents=64),
+            create("agent-attention", dim=DIM, num_heads=HEADS, num_agents=64, kernel_size=0, bias=False),
             AgentSelfAttention(
                 dim=DIM, num_agent_tokens=64, dim_head=DIM // HEADS, heads=HEADS, talking_heads=False, gate=False
             ),

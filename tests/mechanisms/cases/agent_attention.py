@@ -6,6 +6,7 @@ SMALL = {"dim": 16, "num_heads": 2}
 
 CASES = [
     Case("sequence", {**SMALL, "num_agents": 5}),
+    Case("no-convolution", {**SMALL, "num_agents": 40, "kernel_size": 0}),
     Case("grid", {**SMALL, "num_agents": 4, "grid": (4, 5)}, lengths=(20,), pads=False, compiles=True),
     Case(
         "class-token",

@@ -68,7 +68,7 @@ class AgentAttention(Mechanism):
         class_token: a token before those of the grid, which takes part but is neither pooled nor convolved.
         kv_reduction: keys and values are those of a grid smaller by this factor, from a strided convolution.
         bias: of the query, key and value projections.
-        kernel_size: of the depthwise convolution of the values, odd.
+        kernel_size: of the depthwise convolution of the values, odd; 0 for none.
     """
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self"})
@@ -91,8 +91,8 @@ class AgentAttention(Mechanism):
         side = int(num_agents**0.5)
         if num_agents < 1 or (grid is not None and side * side != num_agents):
             raise ArgumentError(f"num_agents: expected at least 1, and a square number with a grid; got {num_agents}")
-        if kernel_size < 1 or kernel_size % 2 == 0:
-            raise ArgumentError(f"kernel_size: expected an odd number, got {kernel_size}")
+        if kernel_size < 0 or (kernel_size and kernel_size % 2 == 0):
+            raise ArgumentError(f"kernel_size: expected 0 or an odd number, got {kernel_size}")
         if grid is None and (class_token or kv_reduction != 1):
             raise ArgumentError("grid: needed for class_token and kv_reduction")
         if grid is not None and (grid[0] % kv_reduction or grid[1] % kv_reduction):
@@ -100,11 +100,11 @@ class AgentAttention(Mechanism):
         self.dim, self.num_heads, self.num_agents = dim, num_heads, num_agents
         self.grid, self.class_token, self.kv_reduction, self.kernel_size = grid, class_token, kv_reduction, kernel_size
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, dim, bias=bias) for _ in range(3))
-        around: dict[str, Any] = {"padding": kernel_size // 2, "groups": dim}
-        if grid is None:
-            self.dwc: nn.Module = nn.Conv1d(dim, dim, kernel_size, **around)
-        else:
-            self.dwc = nn.Conv2d(dim, dim, kernel_size, **around)
+        self.dwc: nn.Module | None = None
+        if kernel_size:
+            around: dict[str, Any] = {"padding": kernel_size // 2, "groups": dim}
+            self.dwc = (nn.Conv1d if grid is None else nn.Conv2d)(dim, dim, kernel_size, **around)
+        if grid is not None:
             self.biases = AgentBiases(num_heads, num_agents, grid, kv_reduction, class_token)
         self.reduce = self.norm = None
         if kv_reduction > 1:
@@ -123,7 +123,7 @@ class AgentAttention(Mechanism):
         agents, used = mean_of_pieces(q, self.num_agents, valid)
         heads = (split_heads(t, self.num_heads) for t in (q, self.k_proj(x), v, agents))
         out = agent_attention(*heads, valid=valid, agents_valid=used)
-        return merge_heads(out) + self.dwc(v.mT).mT
+        return merge_heads(out) if self.dwc is None else merge_heads(out) + self.dwc(v.mT).mT
 
     def _grid(self, x: Tensor, valid: Tensor | None, height: int, width: int) -> Tensor:
         first = int(self.class_token)
@@ -142,6 +142,8 @@ class AgentAttention(Mechanism):
         b1, b2 = self.biases()
         heads = (split_heads(t, self.num_heads) for t in (q, k, v, pooled.flatten(2).mT))
         y = merge_heads(agent_attention(*heads, bias_agents=b1, bias_queries=b2))
+        if self.dwc is None:
+            return y
         image = v[:, first:].mT.unflatten(2, (height // self.kv_reduction, width // self.kv_reduction))
         if self.kv_reduction > 1:
             image = F.interpolate(image, (height, width), mode="bilinear")
@@ -256,10 +258,12 @@ def mean_of_pieces(x: Tensor, count: int, valid: Tensor | None = None) -> tuple[
     else:
         rank, length = valid.cumsum(1) - 1, valid.sum(1, keepdim=True).clamp(min=1)
     pieces = length.clamp(max=count)
-    piece = (rank * pieces).div(length, rounding_mode="floor")
-    member = piece.unsqueeze(1) == torch.arange(count, device=x.device)[:, None]  # (B, count, N)
-    if valid is not None:
-        member = member & valid.unsqueeze(1)
-    sizes = member.sum(-1, keepdim=True)
-    means = member.to(x.dtype) @ x / sizes.clamp(min=1)
-    return means, None if valid is None and n >= count else sizes.squeeze(-1) > 0
+    piece = (
+        (rank * pieces).div(length, rounding_mode="floor").clamp(min=0)
+    )  # (B, N); before the first token, rank is -1
+    kept = x if valid is None else x * valid.unsqueeze(-1)
+    ones = x.new_ones(batch, n) if valid is None else valid.to(x.dtype)
+    sizes = x.new_zeros(batch, count).scatter_add(1, piece, ones)
+    sums = x.new_zeros(batch, count, x.shape[2]).scatter_add(1, piece.unsqueeze(-1).expand_as(x), kept)
+    means = sums / sizes.clamp(min=1).unsqueeze(-1)
+    return means, None if valid is None and n >= count else sizes > 0
