@@ -134,8 +134,13 @@ class RelativeConvAttention(Mechanism):
         module.past = rows // 2 if past is None else past
         module.relative_keys = nn.Parameter(torch.zeros(rows, *module.relative_keys.shape[1:]))
         module.relative_bias = nn.Parameter(torch.zeros(rows, module.num_heads))
-        names = {"key_pos_embeddings": "relative_keys", "key_pos_bias": "relative_bias", "query_pos_bias": "query_bias"}
-        for name in ("query", "key", "value"):
-            names |= {f"{name}.0.linear": f"{name[0]}_proj", f"{name}.1.conv": f"{name[0]}_conv.conv"}
-        load_strictly(module, state_dict, {**names, "output": "o_proj"})
+        load_strictly(module, state_dict, official_names())
         return module
+
+
+def official_names() -> dict[str, str]:
+    """Published names of the weights to ours."""
+    names = {"key_pos_embeddings": "relative_keys", "key_pos_bias": "relative_bias", "query_pos_bias": "query_bias"}
+    for name in ("query", "key", "value"):
+        names |= {f"{name}.0.linear": f"{name[0]}_proj", f"{name}.1.conv": f"{name[0]}_conv.conv"}
+    return {**names, "output": "o_proj"}
