@@ -11,7 +11,7 @@ class ConvBN(nn.Module):
 
     Args:
         dim_in, dim_out: channels.
-        kernel_size, stride, groups: of the convolution; padding keeps the size at stride 1.
+        kernel_size, stride, groups, dilation: of the convolution; padding keeps the size at stride 1.
         weight_init: of the norm's weight; 0 starts a residual branch as the identity.
     """
 
@@ -22,13 +22,15 @@ class ConvBN(nn.Module):
         kernel_size: int = 1,
         stride: int = 1,
         groups: int = 1,
+        dilation: int = 1,
         weight_init: float = 1.0,
     ):
         super().__init__()
+        around = {"padding": dilation * (kernel_size // 2), "dilation": dilation, "groups": groups, "bias": False}
         self.conv = (
             nn.Linear(dim_in, dim_out, bias=False)
             if kernel_size == stride == groups == 1
-            else Conv2d(dim_in, dim_out, kernel_size, stride, groups=groups, bias=False)
+            else Conv2d(dim_in, dim_out, kernel_size, stride, **around)
         )
         self.bn = BatchNorm2d(dim_out)
         nn.init.constant_(self.bn.weight, weight_init)
@@ -45,8 +47,8 @@ class ConvBN(nn.Module):
             fused = nn.Linear(self.conv.in_features, self.conv.out_features, device=weight.device, dtype=weight.dtype)
         else:
             own = self.conv
-            kernel, stride = own.kernel_size[0], own.stride[0]
-            fused = Conv2d(own.in_channels, own.out_channels, kernel, stride, groups=own.groups).to(weight)
+            around = {"padding": own.padding, "dilation": own.dilation, "groups": own.groups}
+            fused = Conv2d(own.in_channels, own.out_channels, own.kernel_size[0], own.stride[0], **around).to(weight)
         fused.weight.copy_(weight)
         fused.bias.copy_(bias)
         return fused

@@ -58,4 +58,17 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "embed_dims": (8, 16), "depths": (1, 1), "num_heads": (2, 4), "window_size": 3},
         32,
     ),
+    "overlock": (
+        {
+            "in_chans": 2,
+            "dims": (8, 8, 16, 16),
+            "depths": (1, 1, 1, 1),
+            "sub_depths": (1, 1),
+            "kernel_sizes": (5, 5, 5, 5),
+            "small_kernel_size": 3,
+            "num_heads": (2, 1),
+            "projection": 24,
+        },
+        64,
+    ),
 }
