@@ -71,4 +71,17 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         64,
     ),
+    "crossformer": (
+        {
+            "in_chans": 2,
+            "embed_dim": 16,
+            "depths": (2, 1),
+            "num_heads": (2, 2),
+            "group_size": (3, 2),
+            "interval": (2, 1),
+            "patch_size": (4, 8),
+            "merge_size": ((2, 4),),
+        },
+        32,
+    ),
 }
