@@ -84,4 +84,8 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "s2aformer": (
+        {"in_chans": 2, "dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (4, 2)},
+        32,
+    ),
 }
