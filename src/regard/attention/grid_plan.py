@@ -34,8 +34,10 @@ class Axis(NamedTuple):
         stride: this many queries share a window (as `masks.neighborhood` says).
         causal: the window ends at the query.
         border: "stop": the window stops at a border and keeps its size (`masks.neighborhood`). "cut": it goes on, and
-            what is beyond is no key. "pad": it goes on, over keys that were lengthened by ``dilation * (window // 2)``
-            at both ends. The last two are centred, for odd windows without stride.
+            what is beyond is no key. "pad": it goes on, over keys that were lengthened by ``dilation * halo`` at both
+            ends. In the last two the window is a halo around the ``key_stride`` keys that ``stride`` queries stand for,
+            ``halo = (window - key_stride) / 2``; a stride of more than 1 goes with a dilation of 1.
+        key_stride: keys per ``stride`` queries, if not as many; for "cut" and "pad".
     """
 
     length: int
@@ -44,23 +46,30 @@ class Axis(NamedTuple):
     stride: int = 1
     causal: bool = False
     border: str = "stop"
+    key_stride: int = 1
+
+    @property
+    def halo(self) -> int:
+        return (self.window - self.key_stride) // 2
 
     @property
     def key_length(self) -> int:
-        return self.length + (self.border == "pad") * 2 * self.dilation * (self.window // 2)
+        keys = self.length // self.stride * self.key_stride if self.border != "stop" else self.length
+        return keys + (self.border == "pad") * 2 * self.dilation * self.halo
 
     def bounds(self, p: Ints, size: Ints) -> tuple[Ints, Ints]:
         """First visible position, and one past the last, for position ``p`` of a group of ``size`` queries."""
-        if self.border == "pad":
-            return p, p + self.window
-        half = self.window // 2
-        if self.border == "cut":
-            return np.maximum(p - half, 0), np.minimum(p + half + 1, size)
+        if self.border != "stop":
+            start = p // self.stride * self.key_stride
+            if self.border == "pad":
+                return start, start + self.window
+            keys = size // self.stride * self.key_stride
+            return np.maximum(start - self.halo, 0), np.minimum(start - self.halo + self.window, keys)
         leader = p // self.stride * self.stride + (self.stride - 1 if self.causal else self.stride // 2)
         leader = np.minimum(leader, size - 1)
         if self.causal:
             return np.maximum(leader - self.window + 1, 0), p + 1
-        start = np.minimum(np.maximum(leader - half, 0), size - self.window)
+        start = np.minimum(np.maximum(leader - self.window // 2, 0), size - self.window)
         return start, start + self.window
 
 

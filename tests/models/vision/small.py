@@ -88,4 +88,19 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (4, 2)},
         32,
     ),
+    "halonet": (
+        {
+            "in_chans": 2,
+            "dims": (8, 16),
+            "depths": (1, 2),
+            "strides": (1, 2),
+            "halo": ((True,), (True, False)),
+            "num_heads": 2,
+            "block_size": 2,
+            "halo_size": 1,
+            "stem_dim": 8,
+            "projection": 12,
+        },
+        32,
+    ),
 }
