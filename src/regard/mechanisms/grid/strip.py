@@ -78,9 +78,7 @@ class StripAttention(nn.Module, PyTorchModelHubMixin):
         if down or right:
             if not self.pad:
                 name, sides = "x" if context is x else "context", " x ".join(map(str, context.shape[1:3]))
-                raise ShapeError(
-                    f"{name}: expected sides that sr_ratio {self.sr_ratio} divides, got {sides}; or pad=True"
-                )
+                raise ShapeError(f"{name}: expected sides that {self.sr_ratio} (sr_ratio) divides, got {sides}")
             context = F.pad(context, (0, 0, 0, right, 0, down))
         z = self.reduce(context).flatten(1, 2)
         q, k, v = (
