@@ -103,4 +103,16 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "favit": (
+        {
+            "in_chans": 2,
+            "embed_dims": (16, 32),
+            "num_heads": (1, 2),
+            "mlp_ratios": (2, 2),
+            "depths": (1, 1),
+            "sr_ratios": (2, 1),
+            "window_size": 3,
+        },
+        32,
+    ),
 }
