@@ -40,6 +40,8 @@ CONFIG: dict[str, dict[str, Any]] = {
     "core-context-attention": {"group_size": 16, "local_size": 512},
     "dynamic-mask-attention": {"window_size": 512},
     "hyper-attention": {"block_size": 256, "sample_size": 256, "min_seq_len": 1024},
+    "landmark-attention": {"block_size": 63},
+    "sink-lora": {"always": True},  # else only in training
     "titans": {"chunk_size": 64},
 }
 

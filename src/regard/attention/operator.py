@@ -7,7 +7,7 @@ from torch import Tensor
 
 from regard.attention import blocks, flex, reference, sdpa
 from regard.attention.partial import Partial
-from regard.attention.problem import Problem, checked
+from regard.attention.problem import Problem, bias_as_channels, checked
 from regard.errors import ArgumentError
 from regard.masks import Mask
 
@@ -96,6 +96,7 @@ def attention(
     if backend not in BACKENDS:
         raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "auto":
+        p = bias_as_channels(p)
         backend = _choose(p, return_lse).backend
     match backend:
         case "sdpa" if p.n and p.m:
@@ -120,7 +121,7 @@ def explain(
     return_lse: bool = False,
 ) -> Explanation:
     """What ``attention(..., backend="auto")`` would do for these arguments, and why; computes nothing."""
-    return _choose(checked(query, key, value, mask, bias, scale), return_lse)
+    return _choose(bias_as_channels(checked(query, key, value, mask, bias, scale)), return_lse)
 
 
 def _choose(p: Problem, return_lse: bool) -> Explanation:

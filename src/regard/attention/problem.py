@@ -1,6 +1,6 @@
 """The one checked description of an attention computation that every backend takes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -159,3 +159,22 @@ def _rank4(name: str, tensor: Tensor, shape: tuple[int, ...], device: torch.devi
     if tensor.device != device:
         raise ArgumentError(f"{name}: expected a tensor on {device} like query, got one on {tensor.device}")
     return tensor.reshape((1,) * (4 - tensor.dim()) + tuple(tensor.shape))
+
+
+def bias_as_channels(p: Problem) -> Problem:
+    """The same problem with a learnt bias per key as channels of the keys, where that is exact.
+
+    A bias b (B, H, 1, M) is ``scale · q'·k'`` with k' = b / scale and q' = 1: one more channel for each query head of a
+    key head. So the fused kernels, which give no gradient for a bias, can do it. On the CPU, in float32 or float64.
+    """
+    bias = p.bias
+    if bias is None or not p.needs_grad or not bias.requires_grad or bias.shape[-2] != 1 or p.n < 2 or p.m == 0:
+        return p
+    exact = p.device.type == "cpu" and p.query.dtype in (torch.float32, torch.float64) and p.scale != 0
+    if not exact or torch.compiler.is_compiling() or not bool(bias.isfinite().all()):
+        return p
+    each = (bias / p.scale).to(p.query.dtype).expand(p.batch, p.heads, 1, p.m)
+    more = each.reshape(p.batch, p.kv_heads, p.groups, p.m).mT
+    own = torch.eye(p.groups, dtype=p.query.dtype).repeat(p.kv_heads, 1)[:, None]  # (H, 1, G)
+    query = torch.cat([p.query, own.expand(p.batch, p.heads, p.n, p.groups)], -1)
+    return replace(p, query=query, key=torch.cat([p.key, more], -1), bias=None)

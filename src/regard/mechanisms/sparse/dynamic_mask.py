@@ -195,8 +195,8 @@ def dynamic_mask(worth: Tensor, window_size: int, queries: int | None = None) ->
     key = torch.arange(total, device=worth.device)
     query = key[total - n :, None]
     new, every = new.unsqueeze(-1), worth.detach().unsqueeze(-2)
-    outranks = torch.where(query > key, new >= every, new > every)
-    count = before.unsqueeze(-2) + outranks.cumsum(-2)
+    outranks = (new > every) | ((new == every) & (query > key))
+    count = before.to(torch.int32).unsqueeze(-2) + outranks.cumsum(-2, dtype=torch.int32)
     return (count < _checked(window_size)) & (key <= query) & (every > -torch.inf)
 
 
