@@ -115,4 +115,8 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "tic-msa-conv/model": (
+        {"in_chans": 2, "dims": (8, 16), "depths": (2, 1), "num_heads": (1, 2)},
+        32,
+    ),
 }
