@@ -9,7 +9,6 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "partial_dims": (4, 5), "attention": (False, True)},
         64,
     ),
-    "cas-vit": ({"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "mlp_ratio": 2, "distillation": False}, 32),
     "maxvit": (
         {
             "in_chans": 2,
@@ -22,6 +21,15 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "cas-vit": ({"in_chans": 2, "dims": (8, 12), "depths": (1, 2), "mlp_ratio": 2, "distillation": False}, 32),
+    "spectformer": (
+        {"in_chans": 2, "img_size": 32, "patch_size": 8, "dim": 8, "depth": 3, "alpha": 2, "num_heads": 2},
+        32,
+    ),
+    "spectformer/h": (
+        {"in_chans": 2, "img_size": 32, "dims": (8, 12), "depths": (1, 2), "num_heads": (1, 2), "spectral_stages": 1},
+        32,
+    ),
     "gc-vit": (
         {
             "in_chans": 2,
@@ -32,14 +40,6 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
             "resolution": 32,
             "layer_scale": 0.5,
         },
-        32,
-    ),
-    "spectformer": (
-        {"in_chans": 2, "img_size": 32, "patch_size": 8, "dim": 8, "depth": 3, "alpha": 2, "num_heads": 2},
-        32,
-    ),
-    "spectformer/h": (
-        {"in_chans": 2, "img_size": 32, "dims": (8, 12), "depths": (1, 2), "num_heads": (1, 2), "spectral_stages": 1},
         32,
     ),
     "dinat": (
@@ -84,10 +84,6 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
-    "s2aformer": (
-        {"in_chans": 2, "dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (4, 2)},
-        32,
-    ),
     "halonet": (
         {
             "in_chans": 2,
@@ -101,6 +97,10 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
             "stem_dim": 8,
             "projection": 12,
         },
+        32,
+    ),
+    "s2aformer": (
+        {"in_chans": 2, "dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "sr_ratios": (4, 2)},
         32,
     ),
     "favit": (
