@@ -9,9 +9,9 @@ from regard.errors import ArgumentError
 from regard.layers.relative_position import (
     DynamicPositionBias,
     RelativePositionBias,
+    load_resized,
     relative_index,
     relative_offsets,
-    resized_table,
     reversed_table,
 )
 from regard.layers.squeeze_excite import SqueezeExcite
@@ -38,12 +38,23 @@ def test_a_table_of_key_minus_query_is_turned_around() -> None:
 
 
 def test_tables_of_other_sizes() -> None:
+    """Offsets keep their share of the window: those of 3 × 3 tokens, -2 to 2, are 3/5 as far apart as -1, 0, 1."""
     torch.manual_seed(0)
-    table = torch.randn(9, 2)
-    torch.testing.assert_close(resized_table(table, 2, 2), table)
-    larger = resized_table(table, 2, 3).view(5, 5, 2)
-    torch.testing.assert_close(larger[::2, ::2], table.view(3, 3, 2))
-    torch.testing.assert_close(larger[0, 1], (table[0] + table[1]) / 2)
+    small, large = RelativePositionBias(2, 2), RelativePositionBias((3, 2), 2)
+    load_resized(large, small)
+    table = small.table.view(3, 3, 2)
+    for row, place in enumerate(torch.arange(5) * 0.6 - 0.2):
+        low = min(max(place.floor().int().item(), 0), 1)
+        share = (place.clamp(0, 2) - low).item()
+        want = (1 - share) * table[low] + share * table[low + 1]
+        torch.testing.assert_close(large.table.view(5, 3, 2)[row], want)
+    layers = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": small})
+    other = torch.nn.ModuleDict({"a": torch.nn.Linear(2, 2), "b": RelativePositionBias((3, 2), 2)})
+    load_resized(other, layers)
+    torch.testing.assert_close(other["b"].table, large.table)
+    torch.testing.assert_close(other["a"].weight, layers["a"].weight)
+    with pytest.raises(ArgumentError, match="does not fit"):
+        load_resized(torch.nn.ModuleDict({"a": torch.nn.Linear(2, 3), "b": small}), layers)
 
 
 def test_a_network_gives_biases_for_any_window() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.errors import ArgumentError
+from regard.layers.weights import load_strictly
 
 
 def window_shape(size: int | Sequence[int], name: str = "window_size") -> tuple[int, ...]:
@@ -74,11 +75,22 @@ def reversed_table(table: Tensor) -> Tensor:
     return table.flip((1, 2)).flatten(1).T.contiguous()
 
 
-def resized_table(table: Tensor, size: int | Sequence[int], new_size: int | Sequence[int]) -> Tensor:
-    """A table for windows of another size, interpolated bilinearly so that the largest offsets stay the largest."""
-    (height, width), new = window_shape(size), tuple(2 * side - 1 for side in window_shape(new_size))
-    grid = table.T.view(1, -1, 2 * height - 1, 2 * width - 1)
-    return F.interpolate(grid, new, mode="bilinear", align_corners=True).flatten(2)[0].T
+def load_resized(module: nn.Module, source: nn.Module) -> None:
+    """Weights of the same network with other windows: tables are interpolated, everything else must fit.
+
+    Bilinearly, as MaxViT is taken to larger images; ``module`` gets the weights of ``source`` in place.
+
+    Raises:
+        ArgumentError: something other than a table differs.
+    """
+    state, parts = source.state_dict(), dict(source.named_modules())
+    for name, part in module.named_modules():
+        old = parts.get(name)
+        if isinstance(part, RelativePositionBias) and isinstance(old, RelativePositionBias):
+            grid = old.table.detach().T.unflatten(-1, [2 * side - 1 for side in old.size])[None]
+            grid = F.interpolate(grid, [2 * side - 1 for side in part.size], mode="bilinear")
+            state[f"{name}.table" if name else "table"] = grid.flatten(2)[0].T
+    load_strictly(module, state)
 
 
 class DynamicPositionBias(nn.Module):

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 import regard
 from regard.errors import ArgumentError, ShapeError, Unsupported
+from regard.layers.relative_position import load_resized
 from regard.models.vision.maxvit import MaxViTBlock, MBConv, PartitionLayer, SameConv2d
 from tests.models.vision.counts import gigamacs, millions
 
@@ -95,6 +96,16 @@ def test_windows_and_grids_of_different_shape_and_no_hidden_layer() -> None:
     assert model.num_features == 16
     with pytest.raises(ShapeError, match="grid_size"):
         model(torch.randn(1, 3, 16, 16))
+
+
+def test_weights_move_on_to_larger_images() -> None:
+    torch.manual_seed(0)
+    config = {"embed_dims": (8,), "depths": (1,), "stem_width": 8, "num_classes": 3, "attention": {"head_dim": 4}}
+    small, large = (regard.create("maxvit", partition_size=p, **config).eval() for p in (2, 4))
+    load_resized(large, small)
+    assert large(torch.randn(1, 3, 16, 16)).shape == (1, 3)
+    torch.testing.assert_close(large.stages[0][0][0].fc1.weight, small.stages[0][0][0].fc1.weight)
+    assert large.stages[0][0][1].attn.rel_pos().shape == (2, 16, 16)
 
 
 def test_refusals() -> None:

@@ -178,7 +178,7 @@ class MaxViT(Backbone):
 
     A convolutional stem (stride 2) and stages of `MaxViTBlock` that halve the image first: every block mixes nearby
     tokens by convolution and inside windows, and the whole image across a grid. With P = 7, H and W are multiples of
-    224; for other sizes P is usually side / 32.
+    224; for other sizes P is usually side / 32, and `load_resized` takes over weights that were trained with another P.
 
     Args:
         num_classes: outputs; 0 for the pooled features.
