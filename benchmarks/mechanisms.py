@@ -41,7 +41,7 @@ CONFIG: dict[str, dict[str, Any]] = {
     "dynamic-mask-attention": {"window_size": 512},
     "hyper-attention": {"block_size": 256, "sample_size": 256, "min_seq_len": 1024},
     "landmark-attention": {"block_size": 63},
-    "sink-lora": {"always": True},  # else only in training
+    "sink-lora": {"group_size": 1024, "always": True},  # else only in training
     "titans": {"chunk_size": 64},
 }
 
