@@ -122,6 +122,19 @@ def test_the_window_stays_inside() -> None:
         assert got[0, 0, 1, :, 0].tolist() == want
 
 
+def test_wide_images_are_filtered_in_strips() -> None:
+    torch.manual_seed(0)
+    x, kernels = torch.randn(1, 2, 4, 150, 3), torch.randn(1, 2, 4, 150, 9)
+    want = torch.zeros_like(x)
+    for y in range(4):
+        for z in range(150):
+            top, left = min(max(y - 1, 0), 1), min(max(z - 1, 0), 147)
+            want[:, :, y, z] = (
+                kernels[:, :, y, z, :, None] * x[:, :, top : top + 3, left : left + 3].flatten(2, 3)
+            ).sum(2)
+    torch.testing.assert_close(dynamic_filter(x, kernels), want, atol=1e-5, rtol=1e-5)
+
+
 def test_gradients() -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 2, 3, 4, 2, dtype=torch.float64, requires_grad=True)
@@ -144,6 +157,26 @@ def test_kernels_know_what_lies_far_outside_their_window() -> None:
     assert (block(x) - block(other))[0, 0, 0].abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_marker_far_away_is_learned_by_dynamic_kernels_only(dynamic: bool) -> None:
+    """The middle of a fixed image says which of two markers is in its corner."""
+    torch.manual_seed(0)
+    layer, read = ContMix(16, 3, 3, num_heads=1), torch.nn.Linear(16, 2)
+    if not dynamic:
+        torch.nn.init.zeros_(layer.kernel_proj.weight).requires_grad_(False)
+    background, markers = torch.randn(9, 9, 16), 2 * torch.randn(2, 16)
+    classes = torch.arange(16) % 2
+    x = background.repeat(16, 1, 1, 1)
+    x[:, 0, 0] = markers[classes]
+    optimiser = torch.optim.Adam([p for p in (*layer.parameters(), *read.parameters()) if p.requires_grad], 0.02)
+    for _ in range(60):
+        loss = F.cross_entropy(read(layer(x)[:, 4, 4]), classes)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert (loss < 0.1) if dynamic else (loss > 0.69)
+
+
 def test_the_cost_is_linear_in_the_pixels() -> None:
     dim, cells = 16, 25 + 49
     counts = []
@@ -153,7 +186,8 @@ def test_the_cost_is_linear_in_the_pixels() -> None:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             layer(x)
         projections = n * dim * (dim // 2 + 2 * dim) + 49 * dim * dim // 2
-        kernels, filtering = 49 * cells * dim // 2 + n * cells * dim // 2, n * cells * dim // 2
+        kernels = 49 * cells * dim // 2 + n * cells * dim // 2
+        filtering = n * 8 * (5 + 7) * dim // 2  # rows of windows, each as a band matrix of all 8 columns
         counts.append(counter.get_total_flops() / 2)
         assert counts[-1] == projections + kernels + filtering
     assert counts[1] < 2 * counts[0]

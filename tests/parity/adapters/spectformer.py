@@ -21,9 +21,9 @@ def check(golden: Golden) -> Iterable[Comparison]:
         yield golden.compare("grad/in/x", torch.autograd.grad(y.sum(), x)[0], 1e-5)
     elif "embed_dims" in kwargs or "stem_hidden_dim" in kwargs:
         model = regard.from_official("spectformer", golden.state(), variant="h", **kwargs).eval()
-        small = golden.inputs["x_small"]
-        times = [own // given for own, given in zip(model.img_size, small.shape[2:], strict=True)]
-        image = small.repeat_interleave(times[0], 2).repeat_interleave(times[1], 3)
+        image = golden.inputs["x"] if "x" in golden.inputs else golden.inputs["x_small"]
+        times = [own // given for own, given in zip(model.img_size, image.shape[2:], strict=True)]
+        image = image.repeat_interleave(times[0], 2).repeat_interleave(times[1], 3)
         yield golden.compare("logits", model(image), 1e-4)
     else:
         model = regard.from_official("spectformer", golden.state(), **kwargs).eval()

@@ -13,12 +13,14 @@ from regard.errors import ArgumentError, ShapeError
 from regard.layers.conv_bn import ConvBN
 
 _POOL = 7  # the context is summarised in 7×7 places
+_STRIP = 64  # columns filtered at a time
 
 
 def dynamic_filter(x: Tensor, kernels: Tensor) -> Tensor:
     """``y_p = Σ_j kernels_pj x_n(p, j)``: j runs over the K×K window around p, moved so that it stays inside the grid.
 
-    Goes through the window row by row, so at most K neighbours of every pixel exist at a time, also in the backward.
+    Goes through the window row by row. There the kernels of a strip of columns are a small band matrix, which is
+    multiplied densely; nothing as large as all windows exists, also not in the backward.
 
     Args:
         x: (B, G, H, W, C).
@@ -35,15 +37,13 @@ def dynamic_filter(x: Tensor, kernels: Tensor) -> Tensor:
     if min(height, width) < size:
         raise ShapeError(f"x: expected a grid of at least {size} x {size}, the window, got {height} x {width}")
     top, left = _starts(height, size, x.device), _starts(width, size, x.device)
-    columns = left[:, None] + torch.arange(size, device=x.device)
-    remember = x.requires_grad or kernels.requires_grad
-    out = torch.zeros_like(x)
-    for a, weights in enumerate(kernels.unflatten(-1, (size, size)).unbind(-2)):
-        if remember and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out = out + checkpoint(_one_row, x, weights, top + a, columns, use_reentrant=False)
-        else:
-            out = out + _one_row(x, weights, top + a, columns)
-    return out
+    strips = []
+    for first in range(0, width, _STRIP):
+        last = min(first + _STRIP, width)
+        begin, end = (min(max(column - size // 2, 0), width - size) for column in (first, last - 1))
+        near, columns = x[:, :, :, begin : end + size], left[first:last, None] + torch.arange(size, device=x.device)
+        strips.append(_strip(near, kernels[:, :, :, first:last], top, columns - begin))
+    return torch.cat(strips, 3)
 
 
 def window_bias(table: Tensor, height: int, width: int) -> Tensor:
@@ -121,7 +121,7 @@ class ContMix(nn.Module, PyTorchModelHubMixin):
         y = torch.cat([dynamic_filter(one, small), dynamic_filter(two, large)], 1)
         y = rearrange(y, "b g h w c -> b (g c) h w")
         if y.shape[2:] != x.shape[1:3]:
-            y = F.adaptive_avg_pool2d(y, x.shape[1:3])
+            y = F.adaptive_avg_pool2d(y, (x.shape[1], x.shape[2]))
         return self.proj(y.movedim(1, -1))
 
     def kernels(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -166,6 +166,20 @@ def _starts(length: int, size: int, device: torch.device) -> Tensor:
     return (torch.arange(length, device=device) - size // 2).clamp(0, length - size)
 
 
-def _one_row(x: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """One row of all windows: weights (B, G, H, W, K), which row (H,) and columns (W, K) they are for."""
-    return (weights.unsqueeze(-2) @ x[:, :, rows][:, :, :, columns]).squeeze(-2)
+def _strip(x: Tensor, kernels: Tensor, top: Tensor, columns: Tensor) -> Tensor:
+    """`dynamic_filter` of some columns: x (B, G, H, X, C), kernels (B, G, H, W, K²), (W, K) columns of x they filter."""
+    remember = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
+    size = columns.shape[1]
+    out = x.new_zeros(*kernels.shape[:-1], x.shape[-1])
+    for a, weights in enumerate(kernels.unflatten(-1, (size, size)).unbind(-2)):
+        if remember and not torch.compiler.is_compiling():
+            out = out + checkpoint(_row, x, weights, top + a, columns, use_reentrant=False)
+        else:
+            out = out + _row(x, weights, top + a, columns)
+    return out
+
+
+def _row(x: Tensor, weights: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """One row of all windows: weights (B, G, H, W, K), which row (H,) and columns (W, K) of x they are for."""
+    band = weights.new_zeros(*weights.shape[:-1], x.shape[3]).scatter(-1, columns.expand_as(weights), weights)
+    return band @ x[:, :, rows]
