@@ -160,11 +160,11 @@ def extent(axis: Axis, size: int) -> Extent:
 def cost(extents: Sequence[Extent], lanes: int) -> float:
     """Time to run the tiles, in units of one visited pair of one head.
 
-    Measured on a CPU with AVX2 and heads of 32 and 64 channels: reading a query or a key costs as much as 16 pairs, a
-    tile 1,500, and a call of the kernel 15,000.
+    Measured on a CPU with AVX2 and heads of 32 and 64 channels: a query or a key costs as much as 50 pairs (it is
+    gathered, and narrow tiles slow the kernel), a tile 1,500, and a call of the kernel 15,000.
     """
     tiles, queries, keys, kinds = (math.prod(part) for part in zip(*extents, strict=True))
-    return lanes * tiles * (queries * keys + 16 * (queries + keys) + 1500) + 15_000 * kinds
+    return lanes * tiles * (queries * keys + 50 * (queries + keys) + 1500) + 15_000 * kinds
 
 
 def _candidates(axis: Axis) -> list[int]:
