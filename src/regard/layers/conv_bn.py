@@ -50,6 +50,7 @@ class ConvBN(nn.Module):
             around = {"padding": own.padding, "dilation": own.dilation, "groups": own.groups}
             fused = Conv2d(own.in_channels, own.out_channels, own.kernel_size[0], own.stride[0], **around).to(weight)
         fused.weight.copy_(weight)
+        assert fused.bias is not None
         fused.bias.copy_(bias)
         return fused
 

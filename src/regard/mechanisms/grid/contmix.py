@@ -167,7 +167,7 @@ def _starts(length: int, size: int, device: torch.device) -> Tensor:
 
 
 def _strip(x: Tensor, kernels: Tensor, top: Tensor, columns: Tensor) -> Tensor:
-    """`dynamic_filter` of some columns: x (B, G, H, X, C), kernels (B, G, H, W, K²), (W, K) columns of x they filter."""
+    """`dynamic_filter` of W columns, which see ``columns`` (W, K) of x (B, G, H, X, C)."""
     remember = torch.is_grad_enabled() and (x.requires_grad or kernels.requires_grad)
     size = columns.shape[1]
     out = x.new_zeros(*kernels.shape[:-1], x.shape[-1])

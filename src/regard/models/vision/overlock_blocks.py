@@ -123,7 +123,7 @@ class ContMixBlock(nn.Module, PyTorchModelHubMixin):
         both = dim + context_dim
         self.dim, self.context_dim = dim, context_dim
         self.conv1, self.norm1 = ResidualConv(both), nn.LayerNorm(both, eps=1e-6)
-        self.fusion = nn.Identity()
+        self.fusion: nn.Module = nn.Identity()
         mixer: dict[str, Any] = {}
         if context_dim:
             self.fusion = nn.Sequential(
