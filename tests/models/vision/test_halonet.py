@@ -82,11 +82,28 @@ def test_other_configurations_of_the_published_code() -> None:
         ({"stem_type": "quad"}, "stem_type"),
         ({"blocks": [BLOCK | {"gs": 16}]}, "plain blocks"),
         ({"blocks": [[BLOCK, BLOCK | {"c": 24}]]}, "differs"),
+        ({"blocks": [BLOCK, BLOCK | {"self_attn_kwargs": {"dim_head": 4}}]}, "between stages"),
     ],
 )
 def test_other_networks_of_the_published_code_are_refused(change: dict, message: str) -> None:
     with pytest.raises(Unsupported, match=message):
         regard.from_official("halonet", {}, cfg=CFG | change)
+
+
+@pytest.mark.parametrize(
+    ("stem", "pool", "stride", "widths"),
+    [
+        ("7x7", True, 4, [16]),
+        ("3x3", False, 2, [16]),
+        ("deep", False, 4, [16, 16, 16]),
+        ("tiered", True, 4, [6, 8, 16]),
+    ],
+)
+def test_stems(stem: str, pool: bool, stride: int, widths: list[int]) -> None:
+    model = HaloNet(dims=(16,), depths=(1,), strides=(1,), num_heads=2, stem_dim=16, stem=stem, stem_pool=pool)
+    assert model.strides == (stride,)
+    assert model.stem(torch.zeros(1, 32, 32, 3)).shape == (1, 32 // stride, 32 // stride, 16)
+    assert [p.shape[0] for n, p in model.stem.named_parameters() if n.endswith("conv.weight")] == widths
 
 
 def test_arguments_and_sizes() -> None:

@@ -12,6 +12,13 @@ from regard.layers.grid import BatchNorm2d, DropPath, drop_path_rates
 from regard.mechanisms.grid.halo import HaloAttention, make_divisible
 from regard.models.vision.backbone import Backbone
 
+#: kernel size of a stem's convolutions, and their channels over those of the stem
+_STEMS: dict[str, tuple[int, tuple[float, ...]]] = {
+    "7x7": (7, (1,)),
+    "3x3": (3, (1,)),
+    "deep": (3, (1, 1, 1)),
+    "tiered": (3, (3 / 8, 1 / 2, 1)),
+}
 _ACTS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
 
@@ -83,8 +90,8 @@ class HaloNet(Backbone):
         bottleneck_ratio: channels inside a block over those of the stage, one for all or one per stage.
         value_ratio: channels of the values over those inside.
         stem_dim: channels of the stem.
-        stem: "7x7", one convolution, or "tiered", three 3×3 convolutions.
-        stem_pool: max pooling after the stem; without, its last convolution has stride 2 ("tiered") or nothing has.
+        stem: "7x7" or "3x3", one convolution; "deep" or "tiered", three of 3×3, in the latter the first are narrower.
+        stem_pool: max pooling after the stem; without, the last of three convolutions has stride 2 instead.
         act: "relu", "silu" or "gelu".
         projection: channels of a 1×1 convolution before the pooling, 0 for none.
         drop_path_rate: of the last block; rises linearly from 0.
@@ -153,15 +160,16 @@ class HaloNet(Backbone):
             raise ArgumentError(f"halo: expected one for each block of stages of {depths} blocks, got {halo}")
         if act not in _ACTS:
             raise ArgumentError(f"act: expected one of {', '.join(_ACTS)}, got {act!r}")
-        if stem not in ("7x7", "tiered"):
-            raise ArgumentError(f"stem: expected '7x7' or 'tiered', got {stem!r}")
+        if stem not in _STEMS:
+            raise ArgumentError(f"stem: expected one of {', '.join(_STEMS)}, got {stem!r}")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, projection or dims[-1]
-        widths = [stem_dim] if stem == "7x7" else [3 * stem_dim // 8, stem_dim // 2, stem_dim]
+        kernel, shares = _STEMS[stem]
+        widths = [int(share * stem_dim) for share in shares]
         convs: list[nn.Module] = []
         for i, (before, after) in enumerate(zip([in_chans, *widths], widths, strict=False)):
             down = i == 0 or (i == len(widths) - 1 and not stem_pool)
-            convs += [ConvBN(before, after, 7 if stem == "7x7" else 3, 2 if down else 1), _ACTS[act]()]
-        stride = 4 if stem_pool or stem == "tiered" else 2
+            convs += [ConvBN(before, after, kernel, 2 if down else 1), _ACTS[act]()]
+        stride = 4 if stem_pool or len(widths) > 1 else 2
         self.stem = nn.Sequential(*convs, *([MaxPool()] if stem_pool else []))
         self.channels, self.features_only = tuple(dims), features_only
         reached, dim = [], stem_dim
@@ -219,7 +227,7 @@ class HaloNet(Backbone):
         stages = [[{**b, "d": 1} for b in stage for _ in range(b["d"])] for stage in stages]
         for name, known in (
             ("self_attn_layer", ("halo",)),
-            ("stem_type", ("7x7", "tiered")),
+            ("stem_type", tuple(_STEMS)),
             ("stem_pool", ("max", "maxpool", "", None)),
             ("norm_layer", ("batchnorm",)),
             ("downsample", ("conv1x1",)),
@@ -241,7 +249,18 @@ class HaloNet(Backbone):
 
         every = cfg.get("self_attn_kwargs") or {}
         own = [every if given is None else given for given in common("self_attn_kwargs")]
-        first = {name: value for name, value in own[0].items() if name in ("qk_ratio", "qkv_bias", "avg_down")}
+        more = [
+            {
+                name: each[name]
+                for name in ("dim_head", "qk_ratio", "qkv_bias", "avg_down", "scale_pos_embed")
+                if name in each
+            }
+            for each, stage in zip(own, stages, strict=True)
+            if any(b["type"] == "self_attn" for b in stage)
+        ]
+        if any(each != more[0] for each in more):
+            raise Unsupported(f"cfg: settings of the attention differ between stages: {more}")
+        attention = dict(more[0]) if more else {}
         model = cls(
             num_classes,
             in_chans,
@@ -250,7 +269,7 @@ class HaloNet(Backbone):
             strides=common("s", 2),
             halo=[[b["type"] == "self_attn" for b in stage] for stage in stages],
             num_heads=[each.get("num_heads", 8) for each in own],
-            head_dim=every.get("dim_head"),
+            head_dim=attention.pop("dim_head", None),
             block_size=[each.get("block_size", 8) for each in own],
             halo_size=[each.get("halo_size", 3) for each in own],
             bottleneck_ratio=common("br", 1.0),
@@ -260,7 +279,7 @@ class HaloNet(Backbone):
             act=cfg.get("act_layer", "relu"),
             projection=cfg.get("num_features", 0),
             drop_path_rate=drop_path_rate,
-            attention=first | {"scale_pos_embed": every.get("scale_pos_embed", False)},
+            attention=attention,
         )
         rename = {"stem.conv": "stem.0.conv", "stem.bn": "stem.0.bn", "head.fc": "head", "final_conv": "proj.0"}
         rename |= {f"stem.conv{i + 1}": f"stem.{2 * i}" for i in range(3)}
