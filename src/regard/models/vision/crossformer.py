@@ -217,17 +217,12 @@ class CrossFormer(Backbone):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        if images.shape[2] % self.strides[-1] or images.shape[3] % self.strides[-1]:
+    def prepare(self, x: Tensor) -> Tensor:
+        if x.shape[1] % self.strides[-1] or x.shape[2] % self.strides[-1]:
             raise ShapeError(
-                f"images: expected sides that are multiples of {self.strides[-1]}, got {tuple(images.shape)}"
+                f"images: expected sides that are multiples of {self.strides[-1]}, got {x.shape[1]} x {x.shape[2]}"
             )
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else self.downsamples[i - 1](x))
-            features.append(x)
-        return features
+        return x
 
     def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.norm(x).mean((1, 2)))

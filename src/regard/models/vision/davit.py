@@ -13,7 +13,7 @@ from regard.layers import MLP, load_strictly
 from regard.layers.grid import Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
 from regard.mechanisms.grid.channel import ChannelAttention
 from regard.mechanisms.grid.window import WindowAttention2d
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 KINDS = ("spatial", "channel")
 
@@ -165,9 +165,7 @@ class DaViT(Backbone):
     ):
         super().__init__()
         stages = len(embed_dims)
-        for name, given in (("depths", depths), ("num_heads", num_heads)):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(stages, depths=depths, num_heads=num_heads)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, embed_dims[-1]
         self.channels, self.strides = tuple(embed_dims), tuple(4 * 2**i for i in range(stages))
         self.features_only = features_only
@@ -185,14 +183,6 @@ class DaViT(Backbone):
         )
         self.norm = nn.LayerNorm(embed_dims[-1])
         self.head = nn.Linear(embed_dims[-1], num_classes) if num_classes else nn.Identity()
-
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else self.downsamples[i - 1](x))
-            features.append(x)
-        return features
 
     def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.norm(x.mean((1, 2))))

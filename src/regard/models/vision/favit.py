@@ -6,11 +6,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.errors import ArgumentError, ShapeError
+from regard.errors import ShapeError
 from regard.layers import load_strictly
 from regard.layers.grid import Conv2d, DropPath, drop_path_rates
 from regard.mechanisms.grid.factorization import PUBLISHED, FactorizationAttention
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 from regard.models.vision.spectformer_h import ConvMLP
 
 
@@ -83,14 +83,7 @@ class FaViT(Backbone):
     ):
         super().__init__()
         stages = len(embed_dims)
-        for name, given in (
-            ("num_heads", num_heads),
-            ("mlp_ratios", mlp_ratios),
-            ("depths", depths),
-            ("sr_ratios", sr_ratios),
-        ):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(stages, num_heads=num_heads, mlp_ratios=mlp_ratios, depths=depths, sr_ratios=sr_ratios)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, embed_dims[-1]
         self.channels, self.strides = tuple(embed_dims), tuple(4 * 2**i for i in range(stages))
         self.features_only = features_only

@@ -16,7 +16,7 @@ from regard.mechanisms.grid.global_context import (
     GlobalWindowAttention,
     LocalWindowAttention,
 )
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 
 class Downsample(nn.Module):
@@ -160,9 +160,7 @@ class GCViT(Backbone):
         stages = len(depths)
         if query_poolings is None:
             query_poolings = [_poolings(resolution, 4 * 2**i, window) for i, window in enumerate(window_size)]
-        for name, given in (("num_heads", num_heads), ("window_size", window_size), ("query_poolings", query_poolings)):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(stages, num_heads=num_heads, window_size=window_size, query_poolings=query_poolings)
         dims = [dim * 2**i for i in range(stages)]
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
@@ -178,19 +176,11 @@ class GCViT(Backbone):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        self._check_size(*images.shape[2:])
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else self.downsamples[i - 1](x))
-            features.append(x)
-        return features
-
     def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.norm(x).mean((1, 2)))
 
-    def _check_size(self, height: int, width: int) -> None:
+    def prepare(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
         for stride, stage in zip(self.strides, self.stages, strict=True):
             assert isinstance(stage, GCViTStage)
             h, w = -(-height // stride), -(-width // stride)
@@ -201,6 +191,7 @@ class GCViT(Backbone):
                 raise ShapeError(f"images: {height} x {width} does not suit the windows; {error}") from None
             if h % size or w % size:
                 raise ShapeError(f"images: {height} x {width} is {h} x {w} at stride {stride}, no multiple of {size}")
+        return x
 
     @classmethod
     def from_official(

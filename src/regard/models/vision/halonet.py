@@ -196,14 +196,6 @@ class HaloNet(Backbone):
         self.proj = nn.Sequential(ConvBN(dim, projection), _ACTS[act]()) if projection else nn.Identity()
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
-
     def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.proj(x).mean((1, 2)))
 

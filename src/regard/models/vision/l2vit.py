@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from regard.errors import ArgumentError, Unsupported
+from regard.errors import Unsupported
 from regard.layers import MLP, load_strictly
 from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
 from regard.mechanisms.grid.window import WindowAttention2d
 from regard.mechanisms.linear.relu_linear import ReLULinearAttention
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 
 class LocalConcentration(nn.Module):
@@ -120,9 +120,7 @@ class L2ViT(Backbone):
         super().__init__()
         stages = len(dims)
         ratios = [mlp_ratio] * stages if isinstance(mlp_ratio, int | float) else list(mlp_ratio)
-        for name, given in (("depths", depths), ("num_heads", num_heads), ("mlp_ratio", ratios)):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(stages, depths=depths, num_heads=num_heads, mlp_ratio=ratios)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
         self.features_only = features_only
@@ -147,13 +145,8 @@ class L2ViT(Backbone):
         self.norm = nn.LayerNorm(dims[-1])
         self.head = nn.Linear(dims[-1], num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(_filled(images.movedim(1, -1), 4))
-        features = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else self.downsamples[i - 1](x))
-            features.append(x)
-        return features
+    def prepare(self, x: Tensor) -> Tensor:
+        return _filled(x, 4)
 
     def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.norm(x).mean((1, 2)))

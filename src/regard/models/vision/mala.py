@@ -11,7 +11,7 @@ from regard.layers import load_strictly
 from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
 from regard.layers.scale import LayerScale
 from regard.mechanisms.linear.mala import GridMagnitudeAwareAttention, halves_of_rows_and_columns
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 
 class ConvMLP(nn.Module):
@@ -108,15 +108,9 @@ class MALA(Backbone):
         super().__init__()
         stages = len(dims)
         ratios = [mlp_ratio] * stages if isinstance(mlp_ratio, int | float) else list(mlp_ratio)
-        for name, given in (
-            ("depths", depths),
-            ("num_heads", num_heads),
-            ("linear", linear),
-            ("mlp_ratio", ratios),
-            ("layer_scale", layer_scale),
-        ):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(
+            stages, depths=depths, num_heads=num_heads, linear=linear, mlp_ratio=ratios, layer_scale=layer_scale
+        )
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, projection
         self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
         self.features_only = features_only
@@ -139,14 +133,6 @@ class MALA(Backbone):
         self.norm = BatchNorm2d(projection)
         self.act = nn.SiLU()
         self.head = nn.Linear(projection, num_classes) if num_classes else nn.Identity()
-
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else self.downsamples[i - 1](x))
-            features.append(x)
-        return features
 
     def forward_head(self, x: Tensor) -> Tensor:
         return self.head(self.act(self.norm(self.proj(x))).mean((1, 2)))

@@ -273,14 +273,6 @@ class MaxViT(Backbone):
         self.pre_logits = None if head_hidden is None else nn.Linear(embed_dims[-1], head_hidden)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for stage in self.stages:
-            x = stage(x)
-            features.append(x)
-        return features
-
     def forward_head(self, x: Tensor) -> Tensor:
         if self.pre_logits is None:
             return self.head(self.norm(x).mean((1, 2)))

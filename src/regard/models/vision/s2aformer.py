@@ -5,11 +5,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from regard.errors import ArgumentError
 from regard.layers import MLP
 from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
 from regard.mechanisms.grid.strip import Reduction, StripAttention
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 
 class LocalInteraction(nn.Sequential):
@@ -86,9 +85,7 @@ class S2AFormer(Backbone):
     ):
         super().__init__()
         stages = len(dims)
-        for name, given in (("depths", depths), ("num_heads", num_heads), ("sr_ratios", sr_ratios)):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(stages, depths=depths, num_heads=num_heads, sr_ratios=sr_ratios)
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
         self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
         self.features_only = features_only

@@ -14,7 +14,7 @@ from regard.layers.conv_bn import ConvBN, fold_bn
 from regard.layers.grid import Conv2d, DropPath, drop_path_rates
 from regard.layers.squeeze_excite import SqueezeExcite
 from regard.mechanisms.grid.single_head import SingleHeadAttention
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 
 class Residual(nn.Module):
@@ -127,14 +127,7 @@ class SHViT(Backbone):
         super().__init__()
         stages = len(dims)
         qk_dims = [qk_dim] * stages if isinstance(qk_dim, int) else list(qk_dim)
-        for name, given in (
-            ("depths", depths),
-            ("partial_dims", partial_dims),
-            ("qk_dim", qk_dims),
-            ("attention", attention),
-        ):
-            if len(given) != stages:
-                raise ArgumentError(f"{name}: expected one for each of {stages} stages, got {len(given)}")
+        check_stages(stages, depths=depths, partial_dims=partial_dims, qk_dim=qk_dims, attention=attention)
         if dims[0] < 8:
             raise ArgumentError(f"dims: expected at least 8 in the first stage, whose stem is narrower, got {dims[0]}")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
@@ -159,14 +152,6 @@ class SHViT(Backbone):
         )
         self.head = NormLinear(dims[-1], num_classes) if num_classes else nn.Identity()
         self.head_dist = NormLinear(dims[-1], num_classes) if num_classes and distillation else None
-
-    def forward_features(self, images: Tensor) -> list[Tensor]:
-        x = self.stem(images.movedim(1, -1))
-        features = []
-        for i, stage in enumerate(self.stages):
-            x = stage(x if i == 0 else self.downsamples[i - 1](x))
-            features.append(x)
-        return features
 
     def forward_head(self, x: Tensor) -> Any:
         pooled = x.mean((1, 2))

@@ -11,7 +11,7 @@ from regard.errors import ArgumentError
 from regard.layers import MLP
 from regard.layers.grid import Conv2d, DropPath, drop_path_rates
 from regard.mechanisms.grid.msa_conv import MSAConv2d
-from regard.models.vision.backbone import Backbone
+from regard.models.vision.backbone import Backbone, check_stages
 
 
 def cyclic_shift(x: Tensor, shift: int, back: bool = False) -> Tensor:
@@ -85,9 +85,7 @@ class TiC(Backbone):
     ):
         super().__init__()
         heads = [num_heads] * len(dims) if isinstance(num_heads, int) else list(num_heads)
-        for name, given in (("depths", depths), ("num_heads", heads)):
-            if len(given) != len(dims):
-                raise ArgumentError(f"{name}: expected one for each of {len(dims)} stages, got {len(given)}")
+        check_stages(len(dims), depths=depths, num_heads=heads)
         if shift < 0:
             raise ArgumentError(f"shift: expected at least 0, got {shift}")
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, dims[-1]
