@@ -119,4 +119,16 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         {"in_chans": 2, "dims": (8, 16), "depths": (2, 1), "num_heads": (1, 2)},
         32,
     ),
+    "transnext": (
+        {
+            "in_chans": 2,
+            "embed_dims": (8, 16),
+            "num_heads": (1, 2),
+            "mlp_ratios": (3, 2),
+            "depths": (1, 1),
+            "sr_ratios": (4, 1),
+            "pretrain_size": 32,
+        },
+        32,
+    ),
 }
