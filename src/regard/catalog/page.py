@@ -18,6 +18,7 @@ _STATES = {
     "constant": "yes, with a state of constant size",
     "growing": "yes, with a state that grows with the tokens seen",
 }
+_WIDTH = 120  # of a line of an example
 
 
 def page(system: System) -> str:
@@ -64,8 +65,11 @@ def example(system: System) -> str:
         return "\n".join(
             [*lines, "", f"with regard.apply(model, {attribute}()):", "    model.generate(**inputs, max_new_tokens=64)"]
         )
-    required = ", ".join(f"{p.name}=..." for p in _parameters(found) if p.default is p.empty)
-    return "\n".join([*lines, "", f"{_snake(attribute)} = {attribute}({required})"])
+    required = [f"{p.name}=..." for p in _parameters(found) if p.default is p.empty]
+    call = f"{_snake(attribute)} = {attribute}({', '.join(required)})"
+    if len(call) > _WIDTH:
+        call = "\n".join([f"{_snake(attribute)} = {attribute}(", *(f"    {one}," for one in required), ")"])
+    return "\n".join([*lines, "", call])
 
 
 def _mechanism_example(slug: str, cls: Any) -> Iterator[str]:
