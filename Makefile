@@ -58,6 +58,7 @@ lint: install  ## ruff and mypy
 
 docs: install  ## write a page for every system that works, into docs/systems
 	@$(BIN)/python -m regard.catalog.write_pages docs/systems
+	@$(BIN)/python -m regard.study.pictures docs/systems/pictures
 
 bench: install  ## print the benchmarks' tables
 	@$(BIN)/python benchmarks/masks.py

@@ -19,6 +19,11 @@ _STATES = {
     "growing": "yes, with a state that grows with the tokens seen",
 }
 _WIDTH = 120  # of a line of an example
+_PICTURE = (
+    "How much the output at the marked position depends on the input at each, in a freshly made layer on a grid of "
+    "14 × 14: logarithmic, from dark (little) to light; grey where there is no influence at all. `regard.probes.reach` "
+    "measures it."
+)
 
 
 def page(system: System) -> str:
@@ -31,6 +36,8 @@ def page(system: System) -> str:
     parts = [f"# {system.name} (`{system.slug}`)", system.summary, _paper(system)]
     parts += ["## Example", f"```python\n{example(system)}\n```"]
     parts += ["## What it computes", _description(found)]
+    if any(hasattr(system.load(part), "example_grid") for part in (None, *system.parts)):
+        parts += ["## What one position sees", f"![](pictures/{system.slug}.svg)", _PICTURE]
     if facts := list(_facts(found)):
         parts += ["## Use and cost", "\n".join(f"- **{name}**: {value}" for name, value in facts)]
     if table := list(_arguments(found)):
@@ -59,6 +66,10 @@ def example(system: System) -> str:
     found = system.load()
     if getattr(found, "patterns", None):
         return "\n".join(_mechanism_example(system.slug, found))
+    if hasattr(found, "example_grid"):
+        return "\n".join(_grid_example(system.slug, found))
+    if hasattr(found, "forward_features") and system.models:
+        return "\n".join(_backbone_example(system.models[0], found.example_size))
     module, _, attribute = (system.object or "").partition(":")
     lines = ["import regard", f"from {module} import {attribute}"]
     if hasattr(found, "attend"):  # a method
@@ -72,9 +83,14 @@ def example(system: System) -> str:
     return "\n".join([*lines, "", call])
 
 
-def _mechanism_example(slug: str, cls: Any) -> Iterator[str]:
+def example_arguments(cls: Any) -> dict[str, Any]:
+    """Arguments of the example of a mechanism, for sequences or grids."""
     accepted = {p.name for p in _parameters(cls)}
-    given = {name: value for name, value in {"dim": 64, "num_heads": 4}.items() if name in accepted} | cls.example
+    return {name: value for name, value in {"dim": 64, "num_heads": 4}.items() if name in accepted} | cls.example
+
+
+def _mechanism_example(slug: str, cls: Any) -> Iterator[str]:
+    given, accepted = example_arguments(cls), {p.name for p in _parameters(cls)}
     arguments = "".join(f", {name}={value!r}" for name, value in given.items())
     yield from ("import regard", "import torch", "")
     yield f'layer = regard.create("{slug}"{arguments})'
@@ -92,6 +108,27 @@ def _mechanism_example(slug: str, cls: Any) -> Iterator[str]:
         yield "    y, state = layer.stream(piece, state)"
 
 
+def _grid_example(slug: str, cls: Any) -> Iterator[str]:
+    given = example_arguments(cls)
+    arguments = "".join(f", {name}={value!r}" for name, value in given.items())
+    height, width = cls.example_grid
+    yield from ("import regard", "import torch", "")
+    yield f'layer = regard.create("{slug}"{arguments})'
+    yield f"x = torch.randn(2, {height}, {width}, {given.get('dim', 64)})  # (batch, height, width, channels)"
+    yield "y = layer(x)"
+
+
+def _backbone_example(model: str, side: int) -> Iterator[str]:
+    yield from ("import regard", "import torch", "")
+    yield f'model = regard.create("{model}", num_classes=10).eval()'
+    yield f"images = torch.randn(2, 3, {side}, {side})"
+    yield "y = model(images)  # logits (2, 10)"
+    yield ""
+    yield f'backbone = regard.create("{model}", features_only=True)'
+    yield "for stride, x in zip(backbone.strides, backbone(images), strict=True):"
+    yield "    print(stride, x.shape)  # a feature map of every stage, channels first"
+
+
 def _paper(system: System) -> str:
     published = system.venue or str(system.year or "unpublished")
     paper = f"Paper: *{system.title}*" + (f", arXiv:{system.arxiv}" if system.arxiv else "")
@@ -102,7 +139,9 @@ def _paper(system: System) -> str:
 def _facts(found: Any) -> Iterator[tuple[str, str]]:
     if getattr(found, "patterns", None):
         yield "legitimate uses", ", ".join(_USES[use] for use in _USES if use in found.patterns)
+    if hasattr(found, "cost"):
         yield "cost", found.cost
+    if getattr(found, "patterns", None):
         yield "streams", _STATES[found.state]
 
 

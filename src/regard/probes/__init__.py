@@ -2,6 +2,7 @@
 
 from regard.probes.indicators import attention_indicators
 from regard.probes.pattern import Pattern, PatternProbe
+from regard.probes.reach import reach
 from regard.probes.routing import routing_entropy, routing_fluctuation
 
-__all__ = ["Pattern", "PatternProbe", "attention_indicators", "routing_entropy", "routing_fluctuation"]
+__all__ = ["Pattern", "PatternProbe", "attention_indicators", "reach", "routing_entropy", "routing_fluctuation"]

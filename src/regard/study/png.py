@@ -38,6 +38,12 @@ def colours(count: int) -> list[tuple[int, int, int]]:
     return found  # type: ignore[return-value]
 
 
+def colour(mass: float) -> tuple[int, int, int]:
+    """Red, green and blue of a mass, as `data_uri` shows it."""
+    level = _level(mass)
+    return colours(_LEVELS)[level - 1] if level else NOTHING
+
+
 def _level(mass: float) -> int:
     """Index in the palette: 0 for nothing, 1.._LEVELS logarithmically for the rest."""
     if mass <= 0:

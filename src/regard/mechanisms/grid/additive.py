@@ -2,7 +2,6 @@
 
 from typing import ClassVar, NamedTuple
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -10,6 +9,7 @@ from regard.errors import ShapeError
 from regard.layers import load_strictly
 from regard.layers.grid import BatchNorm2d, DepthwiseConv2d
 from regard.mechanisms.base import check_rate
+from regard.mechanisms.grid.base import GridMechanism
 
 
 class Gates(NamedTuple):
@@ -38,7 +38,7 @@ class SpatialChannelGate(nn.Module):
         return z * spatial * channel
 
 
-class AdditiveTokenMixer(nn.Module, PyTorchModelHubMixin):
+class AdditiveTokenMixer(GridMechanism):
     """Queries and keys are gated each by themselves and added, not multiplied (CAS-ViT, arXiv:2408.03703).
 
         q, k, v = x Wqkv        y = conv_o(conv(Φ_q(q) + Φ_k(k)) ∘ v)

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,11 +16,12 @@ from regard.attention.grid_plan import Axis
 from regard.attention.grid_slots import slot_sum
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly, merge_heads, per_head, split_heads
+from regard.mechanisms.grid.base import GridMechanism
 
 _CPB = {"cpb_fc1": "cpb.0", "cpb_fc2": "cpb.2"}
 
 
-class CosineAttention(nn.Module, PyTorchModelHubMixin):
+class CosineAttention(GridMechanism):
     """Global attention of TransNeXt's last stage: x (B, H, W, C) to the same, at any size.
 
         q̂, k̂ = normalised q, k        y_i = Σ_j softmax_j((q̂_i + E)·k̂_j softplus(τ) log N + MLP(i - j)) v_j
@@ -35,6 +35,7 @@ class CosineAttention(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N C² + N² C), N = H W"
+    example: ClassVar[dict[str, Any]] = {"pretrain_grid": 14}
 
     def __init__(self, dim: int, num_heads: int, pretrain_grid: int | Sequence[int], qkv_bias: bool = True):
         super().__init__()
@@ -113,6 +114,7 @@ class AggregatedAttention(CosineAttention):
     """
 
     cost: ClassVar[str] = "O(N C² + N (window_size² + P) C)"
+    example: ClassVar[dict[str, Any]] = {"pretrain_grid": 14, "sr_ratio": 2}
 
     def __init__(
         self,

@@ -4,13 +4,13 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from regard.errors import ArgumentError, ShapeError
 from regard.layers.conv_bn import ConvBN
+from regard.mechanisms.grid.base import GridMechanism
 
 _POOL = 7  # the context is summarised in 7×7 places
 _STRIP = 64  # columns filtered at a time
@@ -60,7 +60,7 @@ def window_bias(table: Tensor, height: int, width: int) -> Tensor:
     return table[:, rows[:, None, :, None], columns[None, :, None, :]].flatten(-2)
 
 
-class ContMix(nn.Module, PyTorchModelHubMixin):
+class ContMix(GridMechanism):
     """Kernels of two sizes for every pixel and group, from a 7×7 summary of a context (arXiv:2502.20087).
 
         Q = BN(x Wq) / √D,  K = BN(pool7x7(c) Wk)                     G groups, D = C / G

@@ -4,11 +4,11 @@ from math import gcd
 from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly
+from regard.mechanisms.grid.base import GridMechanism
 
 Version = Literal["t", "b", "s", "l"]
 
@@ -16,7 +16,7 @@ Version = Literal["t", "b", "s", "l"]
 VERSIONS: dict[str, tuple[int, int, int]] = {"t": (5, 0, 32), "b": (7, 0, 16), "s": (5, 8, 16), "l": (7, 8, 16)}
 
 
-class EfficientLocalAttention(nn.Module, PyTorchModelHubMixin):
+class EfficientLocalAttention(GridMechanism):
     """Two profiles say which rows and which columns matter (arXiv:2403.01123).
 
         a_h = σ(GN(conv(mean of each row)))        a_w = σ(GN(conv(mean of each column)))        y = x ∘ a_h ∘ a_w

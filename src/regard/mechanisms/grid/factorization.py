@@ -4,7 +4,6 @@ from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from regard.attention import attention
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly, merge_heads, split_heads
 from regard.layers.grid import Conv2d, DepthwiseConv2d
+from regard.mechanisms.grid.base import GridMechanism
 
 POOLS = ("channels", "windows")
 
@@ -71,7 +71,7 @@ class WindowSummary(nn.Module):
         return missing
 
 
-class FactorizationAttention(nn.Module, PyTorchModelHubMixin):
+class FactorizationAttention(GridMechanism):
     """Attention to a constant number of keys of several grains (FaViT, arXiv:2312.08614).
 
         channels: C_g | C_1 | C_2 in shares 2 : 7 : 7 of C / 16, or C_g | C_1 in shares 1 : 7 of C / 8 if r = 1
@@ -96,6 +96,7 @@ class FactorizationAttention(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N (C_g N / r² + (C_1 + C_2) L² + C²))"
+    example: ClassVar[dict[str, Any]] = {"sr_ratio": 2}
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,9 +10,10 @@ from regard.attention.grid import grid_attention
 from regard.attention.grid_plan import Axis
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly
+from regard.mechanisms.grid.base import GridMechanism
 
 
-class HaloAttention(nn.Module, PyTorchModelHubMixin):
+class HaloAttention(GridMechanism):
     """Blocked local attention with haloing (HaloNet, arXiv:2103.12731), as in timm: x (B, H, W, C) to (B, H', W', C').
 
         y_q = Σ_k softmax_k(q·k / √d + q·(r_rows[k_row - q_row] + r_columns[k_col - q_col])) v_k
@@ -40,6 +40,7 @@ class HaloAttention(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N C² + N (b + 2h)² C)"
+    example: ClassVar[dict[str, Any]] = {"block_size": 7, "halo_size": 2}
 
     def __init__(
         self,

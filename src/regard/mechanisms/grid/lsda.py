@@ -5,7 +5,6 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -15,6 +14,7 @@ from regard.errors import ArgumentError, ShapeError
 from regard.layers import merge_heads, per_head, split_heads
 from regard.layers.relative_position import DynamicPositionBias
 from regard.masks import Mask
+from regard.mechanisms.grid.base import GridMechanism
 
 MODES = ("short", "long")
 
@@ -30,7 +30,7 @@ def long_distance(grid: Sequence[int], group_size: int, interval: int) -> Mask:
     return masks.product(grid, [masks.windows((side,), region) & masks.strided(interval) for side in grid])
 
 
-class LSDAttention(nn.Module, PyTorchModelHubMixin):
+class LSDAttention(GridMechanism):
     """Attention inside groups of G × G tokens (CrossFormer, arXiv:2108.00154).
 
         short: a group is a window of neighbours                                            `short_distance`

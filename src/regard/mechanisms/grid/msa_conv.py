@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,6 +12,7 @@ from regard.attention.grid_slots import slot_scores, slot_sum
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly
 from regard.mechanisms.base import check_rate
+from regard.mechanisms.grid.base import GridMechanism
 
 Pair = int | Sequence[int]
 
@@ -43,7 +43,7 @@ def neighbourhood_sum(weights: Tensor, v: Tensor, kernel_size: Pair, dilation: P
     return slot_sum(weights, _bordered(v, axes), axes)
 
 
-class MSAConv2d(nn.Module, PyTorchModelHubMixin):
+class MSAConv2d(GridMechanism):
     """MSA-Conv of TiC (arXiv:2310.04134): attention inside the kernel, then the convolution. (B, H, W, C), any size.
 
         z_i = x_i + Σ_t softmax_t(q_i · k_{i+t} / √D) v_{i+t}        y = ReLU(conv(z))
@@ -65,6 +65,7 @@ class MSAConv2d(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N C (k² + C))"
+    example: ClassVar[dict[str, Any]] = {"in_channels": 64, "out_channels": 64, "kernel_size": 5}
 
     def __init__(
         self,

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard import masks
@@ -15,6 +14,7 @@ from regard.attention.grid_slots import slot_scores, slot_sum
 from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers import load_strictly, per_head
 from regard.masks.neighborhood import neighborhood_axes
+from regard.mechanisms.grid.base import GridMechanism
 
 PerAxis = int | Sequence[int]
 _BACKENDS = ("auto", "tiles", "blocks")
@@ -139,7 +139,7 @@ def neighborhood_av(
     return y + torch.einsum("b...hm,bmhd->b...hd", weights[..., window:], additional_values)
 
 
-class NeighborhoodAttention(nn.Module, PyTorchModelHubMixin):
+class NeighborhoodAttention(GridMechanism):
     """`neighborhood_attention` with its projections, as in NAT, DiNAT and NATTEN: x (B, *grid, C) to the same.
 
     Args:

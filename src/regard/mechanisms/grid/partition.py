@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard import masks
@@ -13,6 +12,7 @@ from regard.errors import ArgumentError, ShapeError
 from regard.layers import merge_heads, per_head, split_heads
 from regard.layers.relative_position import RelativePositionBias, window_shape
 from regard.masks import Mask
+from regard.mechanisms.grid.base import GridMechanism
 
 
 def block_mask(grid: Sequence[int], window_size: int | Sequence[int]) -> Mask:
@@ -29,7 +29,7 @@ def grid_mask(grid: Sequence[int], grid_size: int | Sequence[int]) -> Mask:
     return masks.product(grid, [masks.strided(side // cells) for side, cells in zip(grid, shape, strict=True)])
 
 
-class PartitionAttention(nn.Module, PyTorchModelHubMixin):
+class PartitionAttention(GridMechanism):
     """Softmax attention inside groups of equally many tokens, with a bias for relative positions in the group.
 
         y = Wo softmax(q kᵀ / √D + bias) v        per group and head

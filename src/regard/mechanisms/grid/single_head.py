@@ -3,16 +3,16 @@
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard.attention import attention
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly
 from regard.layers.conv_bn import ConvBN
+from regard.mechanisms.grid.base import GridMechanism
 
 
-class SingleHeadAttention(nn.Module, PyTorchModelHubMixin):
+class SingleHeadAttention(GridMechanism):
     """One head mixes the first channels of an image; the others pass by (SHViT, arXiv:2401.16456).
 
         x1, x2 = x[..., :p], x[..., p:]        q, k, v = BN(GN(x1) Wqkv)
@@ -28,6 +28,7 @@ class SingleHeadAttention(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N² (d + p) + N C²), N = H W"
+    example: ClassVar[dict[str, Any]] = {"partial_dim": 16}
 
     def __init__(self, dim: int, partial_dim: int, qk_dim: int = 16):
         super().__init__()

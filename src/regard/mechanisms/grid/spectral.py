@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly
 from regard.layers.relative_position import window_shape
+from regard.mechanisms.grid.base import GridMechanism
 
 
 def spectral_gating(x: Tensor, weight: Tensor) -> Tensor:
@@ -24,7 +24,7 @@ def spectral_gating(x: Tensor, weight: Tensor) -> Tensor:
     return torch.fft.irfft2(spectrum, s=x.shape[1:3], dim=(1, 2), norm="ortho").to(x.dtype)
 
 
-class SpectralGating(nn.Module, PyTorchModelHubMixin):
+class SpectralGating(GridMechanism):
     """A learned complex factor for every frequency and channel (arXiv:2304.06446, GFNet arXiv:2107.00645).
 
         y = irfft2(rfft2(x) ∘ W)
@@ -40,6 +40,7 @@ class SpectralGating(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N C log N), N = H W"
+    example: ClassVar[dict[str, Any]] = {"grid_size": 14}
 
     def __init__(self, dim: int, grid_size: int | Sequence[int]):
         super().__init__()

@@ -1,9 +1,8 @@
 """Strip self-attention (S2AFormer): keys are few and one number per head, and so are queries."""
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -11,11 +10,12 @@ from regard.attention import attention
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import merge_heads, per_head, split_heads
 from regard.layers.grid import Conv2d
+from regard.mechanisms.grid.base import GridMechanism
 
 Reduction = Literal["conv", "depthwise"]
 
 
-class StripAttention(nn.Module, PyTorchModelHubMixin):
+class StripAttention(GridMechanism):
     """Softmax attention with narrow queries and keys to a coarse copy of the image (S2AFormer, arXiv:2505.22195).
 
         z = LN(conv_r×r,stride r(c))        q = x Wq,  k = z Wk  (d numbers per head),  v = z Wv  (D numbers per head)
@@ -39,6 +39,7 @@ class StripAttention(nn.Module, PyTorchModelHubMixin):
     """
 
     cost: ClassVar[str] = "O(N C² + N² C / r²), N = H W"
+    example: ClassVar[dict[str, Any]] = {"sr_ratio": 2}
 
     def __init__(
         self,

@@ -2,16 +2,16 @@
 
 from typing import ClassVar
 
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard.attention import attention
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import merge_heads, per_head, split_heads
 from regard.layers.grid import unwindows, windows
+from regard.mechanisms.grid.base import GridMechanism
 
 
-class WindowAttention2d(nn.Module, PyTorchModelHubMixin):
+class WindowAttention2d(GridMechanism):
     """Softmax attention inside windows of (B, H, W, C), without shift or bias; zeros fill up the last windows.
 
     The zeros are tokens like others, their keys are the projection's bias: so it was published (DaViT, L2ViT). For

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 from regard.attention import attention
@@ -13,6 +12,7 @@ from regard.layers.conv import CausalDepthwiseConv1d
 from regard.layers.grid import DepthwiseConv2d
 from regard.linear import elu1, linear_attention
 from regard.mechanisms.base import Mechanism, Pattern, legitimate
+from regard.mechanisms.grid.base import GridMechanism
 from regard.positions import axial_angles, grid_coordinates, pairs_to_halves, rotate, rotate_tokens
 
 _EPS = 1e-6
@@ -169,7 +169,7 @@ class MagnitudeAwareLinearAttention(Mechanism):
         return self.o_proj(y if self.gate_proj is None else y * self.gate_proj(x)), after
 
 
-class GridMagnitudeAwareAttention(nn.Module, PyTorchModelHubMixin):
+class GridMagnitudeAwareAttention(GridMechanism):
     """`MagnitudeAwareLinearAttention` on images: x (B, H, W, C) to the same, at any size.
 
     Rotary angles per row and column, a k×k depthwise convolution of the values, always gated. With ``linear=False`` the

@@ -19,6 +19,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
 
     Attributes:
         sizes: arguments of the published models by name, such as "mala-tiny".
+        example_size: a side of images that they take.
         num_features: channels of the pooled features.
         channels, strides: of each stage's feature map; a stride of 4 means a quarter of the height and width.
         stem, stages: the modules in the order of `forward_features`.
@@ -27,6 +28,7 @@ class Backbone(nn.Module, PyTorchModelHubMixin):
     """
 
     sizes: ClassVar[dict[str, dict[str, Any]]] = {}
+    example_size: ClassVar[int] = 224
     in_chans: int
     num_classes: int
     num_features: int

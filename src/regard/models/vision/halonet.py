@@ -99,6 +99,7 @@ class HaloNet(Backbone):
         features_only: give the stages' feature maps, see `Backbone`.
     """
 
+    example_size: ClassVar[int] = 256  # its maps are multiples of its blocks
     sizes: ClassVar[dict[str, dict[str, Any]]] = {
         "halonet-h1": {},
         "halonet-26t": {
