@@ -131,4 +131,18 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "ppma": (
+        {
+            "in_chans": 2,
+            "embed_dims": (8, 16),
+            "depths": (1, 1),
+            "num_heads": (1, 2),
+            "mlp_ratios": (2, 2),
+            "forms": ("chunk", "whole"),
+            "projection": 24,
+            "layer_scale": (None, 0.5),
+        },
+        32,
+    ),
+    "duoformer/resnet": ({"in_chans": 2, "dims": (8, 16), "depths": (1, 2), "stem_dim": 8}, 32),
 }

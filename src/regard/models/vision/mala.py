@@ -8,25 +8,11 @@ from torch import Tensor, nn
 
 from regard.errors import ArgumentError
 from regard.layers import load_strictly
+from regard.layers.conv_mlp import ConvMLP
 from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
 from regard.layers.scale import LayerScale
 from regard.mechanisms.linear.mala import GridMagnitudeAwareAttention, halves_of_rows_and_columns
 from regard.models.vision.backbone import Backbone, check_stages
-
-
-class ConvMLP(nn.Module):
-    """``W2 (h + dwconv(h))`` with ``h = GELU(W1 x)``; (B, H, W, C) to the same."""
-
-    def __init__(self, dim: int, hidden_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU()
-        self.dwconv = DepthwiseConv2d(hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.act(self.fc1(x))
-        return self.fc2(h + self.dwconv(h))
 
 
 class MalaBlock(nn.Module):
