@@ -4,7 +4,6 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -12,6 +11,7 @@ from regard.attention import attention
 from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers import load_strictly, merge_heads, per_head, split_heads
 from regard.layers.grid import DepthwiseConv2d
+from regard.mechanisms.grid.base import GridMechanism
 from regard.positions import axial_angles, pairs_to_halves, rotate
 
 FORMS = ("whole", "chunk")
@@ -65,7 +65,7 @@ class PolylinePathMask(nn.Module):
         return along_rows, along_columns
 
 
-class PolylinePathAttention(nn.Module, PyTorchModelHubMixin):
+class PolylinePathAttention(GridMechanism):
     """Softmax attention under a polyline path mask (PPMA, arXiv:2506.15940): x (B, H, W, C) to the same, at any size.
 
         whole:  y = Wo (½ softmax(S + L) v + ½ softmax(S + Lᵀ) v + conv(v))        S = R(i)q_i · R(j)k_j / √D
