@@ -1,4 +1,4 @@
-"""DuoFormer's tokens and head against loops over patches, and what they are blind to."""
+"""DuoFormer's tokens and head against loops over patches, what they are blind to, and a task that needs both halves."""
 
 import pytest
 import torch
@@ -160,6 +160,37 @@ def test_the_pairs_are_those_inside_patches_and_between_them(scales, pairs, monk
     module(torch.randn(1, 49, module.num_tokens, 4))
     assert counted == [pairs, 50**2]
     assert (49 * module.num_tokens) ** 2 == 49 * pairs  # what one attention between all of them would have
+
+
+def test_texture_and_layout_need_the_fine_stages() -> None:
+    """Four patches, one striped across the others: stripes average to zero, only the finest stage has their edges."""
+    stripes = torch.tensor([1.0, -1.0]).repeat(2)[:, None].expand(4, 4)
+
+    def accuracy(scales: int) -> float:
+        torch.manual_seed(0)
+        project = nn.Linear(2, 16)
+        module = DuoFormerHead(16, 1, 2, scales, 4, 2.0, num_classes=4)
+        module.pos_embed.data.normal_()  # larger than for real training, so that it is quick
+        for layer in module.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        optimizer = torch.optim.AdamW([*project.parameters(), *module.parameters()], lr=1e-2)
+        for _ in range(40):
+            target = torch.randint(4, (32,))
+            patches = torch.stack([torch.stack([stripes.T if p == t else stripes for p in range(4)]) for t in target])
+            image = patches.view(32, 2, 2, 4, 4).transpose(2, 3).reshape(32, 8, 8)
+            edges = [(image - image.roll(1, axis)).abs() for axis in (1, 2)]
+            means = [F.avg_pool2d(image[:, None], f).movedim(1, -1).expand(-1, -1, -1, 2) for f in (2, 4)]
+            maps = [project(x) for x in (torch.stack(edges, -1), *means)]
+            tokens = multi_scale_tokens(maps[3 - scales :], (2, 2))
+            logits = module(torch.cat([torch.zeros(32, 4, 1, 16), tokens], 2))
+            optimizer.zero_grad()
+            F.cross_entropy(logits, target).backward()
+            optimizer.step()
+        return (logits.argmax(-1) == target).double().mean().item()
+
+    assert accuracy(1) < 0.6
+    assert accuracy(3) > 0.9
 
 
 def published(module: DuoFormerHead) -> dict[str, Tensor]:

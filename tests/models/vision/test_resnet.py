@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import regard
 from regard.errors import ArgumentError, Unsupported
-from regard.models.vision.resnet import ResNet
+from regard.models.vision.resnet import RESNETS, ResNet
 from tests.models.vision.counts import gigamacs, millions
 
 
@@ -16,7 +16,7 @@ from tests.models.vision.counts import gigamacs, millions
     [("resnet18", 11.689512, 1.814), ("resnet34", 21.797672, 3.664), ("resnet50", 25.557032, 4.089)],
 )
 def test_published_sizes(name: str, parameters: float, macs: float) -> None:
-    config = ResNet.sizes[name]
+    config = RESNETS[name]
     assert millions("duoformer/resnet", **config) == pytest.approx(parameters, rel=1e-7)
     assert gigamacs("duoformer/resnet", **config) == pytest.approx(macs, abs=5e-4)
 

@@ -12,7 +12,7 @@ from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers import load_strictly
 from regard.layers.grid import BatchNorm2d, Conv2d
 from regard.mechanisms.grid.multi_scale import DuoFormerHead, multi_scale_tokens, own_names
-from regard.models.vision.resnet import ResNet
+from regard.models.vision.resnet import RESNETS, ResNet
 
 #: strides of a CNN's last stages over that of its last
 _FACTORS = (8, 4, 2, 1)
@@ -102,11 +102,9 @@ class DuoFormer(nn.Module, PyTorchModelHubMixin):
         if len(grid) != 2 or min(grid) < 1:
             raise ArgumentError(f"grid: expected (height, width) in patches, got {grid!r}")
         if isinstance(backbone, str):
-            if backbone not in ResNet.sizes:
-                raise ArgumentError(
-                    f"backbone: expected a module or one of {', '.join(ResNet.sizes)}, got {backbone!r}"
-                )
-            settings: dict[str, Any] = {**ResNet.sizes[backbone], "num_classes": 0, "in_chans": in_chans}
+            if backbone not in RESNETS:
+                raise ArgumentError(f"backbone: expected a module or one of {', '.join(RESNETS)}, got {backbone!r}")
+            settings: dict[str, Any] = {**RESNETS[backbone], "num_classes": 0, "in_chans": in_chans}
             backbone = ResNet(features_only=True, **settings)
         found = _channels(backbone) if channels is None else tuple(channels)
         if len(found) < len(_FACTORS):

@@ -1,7 +1,7 @@
 """ResNet (arXiv:1512.03385), a convolutional network beneath others."""
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +12,14 @@ from regard.layers.conv_bn import ConvBN
 from regard.layers.grid import Conv2d, DropPath, drop_path_rates
 from regard.models.vision.backbone import Backbone, check_stages
 from regard.models.vision.halonet import Bottleneck, MaxPool
+
+#: arguments of the usual networks
+RESNETS: dict[str, dict[str, Any]] = {
+    "resnet18": {"dims": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "bottleneck": False},
+    "resnet34": {"dims": (64, 128, 256, 512), "depths": (3, 4, 6, 3), "bottleneck": False},
+    "resnet50": {"dims": (256, 512, 1024, 2048), "depths": (3, 4, 6, 3)},
+    "resnet101": {"dims": (256, 512, 1024, 2048), "depths": (3, 4, 23, 3)},
+}
 
 
 class BasicBlock(nn.Module):
@@ -43,13 +51,6 @@ class ResNet(Backbone):
         drop_path_rate: of the last block; rises linearly from 0.
         features_only: give the stages' feature maps, see `Backbone`.
     """
-
-    sizes: ClassVar[dict[str, dict[str, Any]]] = {
-        "resnet18": {"dims": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "bottleneck": False},
-        "resnet34": {"dims": (64, 128, 256, 512), "depths": (3, 4, 6, 3), "bottleneck": False},
-        "resnet50": {},
-        "resnet101": {"depths": (3, 4, 23, 3)},
-    }
 
     def __init__(
         self,
