@@ -202,7 +202,7 @@ class LandmarkAttention(Mechanism):
 
 
 def official_arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """Our arguments for those of the published model.
+    """Our arguments for those of the published model; what acts in training only (dropouts, jumps of positions) is not.
 
     Raises:
         Unsupported: another softmax, other positions, or a learned score for the rest.

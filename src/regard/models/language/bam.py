@@ -16,7 +16,7 @@ from regard.layers import SwiGLU
 from regard.layers.moe import SparseMoE, TopKRouter, router_losses
 from regard.mechanisms import Mechanism, SoftmaxAttention
 from regard.mechanisms.moe.bam import SoftMixtureOfAttention
-from regard.models.language.model import LanguageModel, LanguageState
+from regard.models.language.model import LanguageModel
 
 __all__ = ["BAM", "ParallelMoEBlock", "router_losses", "upcycle"]
 
@@ -121,18 +121,6 @@ class BAM(LanguageModel):
             return ParallelMoEBlock(dim, mixer, experts[0] if num_experts == 1 else SparseMoE(router, experts))
 
         self.blocks = nn.ModuleList(block() for _ in range(depth))
-
-    def stream(
-        self, ids: Tensor, state: LanguageState | None = None, valid: Tensor | None = None
-    ) -> tuple[Tensor, LanguageState]:
-        length = 0 if state is None else state.length
-        x = self._embed(ids, length)
-        states = []
-        for block, before in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            assert isinstance(block, ParallelMoEBlock)
-            x, after = block.stream(x, before, valid)
-            states.append(after)
-        return self.head(self.norm(x)), LanguageState(tuple(states), length + ids.shape[1])
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """A transformer for token sequences whose mixers are named, the same or another one in every layer."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -161,8 +161,7 @@ class LanguageModel(nn.Module, PyTorchModelHubMixin):
         x = self._embed(ids, length)
         states = []
         for block, before in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            assert isinstance(block, Block)
-            x, after = block.stream(x, before, valid)
+            x, after = cast(Block, block).stream(x, before, valid)
             states.append(after)
         return self.head(self.norm(x)), LanguageState(tuple(states), length + ids.shape[1])
 

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from regard.attention import attention
-from regard.errors import ArgumentError, Unsupported
+from regard.errors import ArgumentError
 from regard.layers import SwiGLU, merge_heads
 from regard.layers.moe import SparseMoE, TopKRouter
 from regard.mechanisms import SoftmaxAttention
 from regard.mechanisms.base import KV, seen, visible
 from regard.mechanisms.moe.similarity import AttentionAwareRouter, SimilarityAwareRouter
-from regard.models.language.model import LanguageModel, LanguageState
+from regard.models.language.model import LanguageModel
 
 ROUTINGS = ("token", "similarity", "attention", "posterior")
 
@@ -125,17 +125,3 @@ class MoELanguageModel(LanguageModel):
             return RoutedBlock(dim, mixer, SparseMoE(router, [SwiGLU(dim, hidden_dim) for _ in range(num_experts)]))
 
         self.blocks = nn.ModuleList(block() for _ in range(depth))
-
-    def stream(
-        self, ids: Tensor, state: LanguageState | None = None, valid: Tensor | None = None
-    ) -> tuple[Tensor, LanguageState]:
-        if not self.causal or self.classifies:
-            raise Unsupported("only a decoder (causal=True, num_classes=None) streams")
-        length = 0 if state is None else state.length
-        x = self._embed(ids, length)
-        states: list[Any] = []
-        for block, before in zip(self.blocks, state.layers if state else [None] * len(self.blocks), strict=True):
-            assert isinstance(block, RoutedBlock)
-            x, after = block.stream(x, before, valid)
-            states.append(after)
-        return self.head(self.norm(x)), LanguageState(tuple(states), length + ids.shape[1])
