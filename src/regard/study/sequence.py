@@ -1,27 +1,23 @@
 """The same small model, trained with one mechanism after the other on the same tasks under the same budget.
 
-A cell is one mechanism on one task, or its cost. Each finished cell is a file in the results' folder and is not run
-again, so a study resumes where it stopped, and several processes may share one folder (give them other mechanisms).
+A cell is one mechanism on one task, or its cost; several processes may share one folder (give them other mechanisms).
 """
 
-import json
-import statistics
-import time
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
 from regard import catalog
-from regard.errors import ArgumentError, MissingExtra, Unsupported, require
+from regard.errors import ArgumentError, Unsupported
 from regard.mechanisms import Mechanism, state_bytes
 from regard.mechanisms.registry import create_mixer, module_class
 from regard.models.language import LanguageModel
+from regard.study.cells import Cell, Outcome, Report, cell, open_folder, ratio, train
 from regard.tasks.classification import Genres
 from regard.tasks.metrics import negative_log_likelihood
 from regard.tasks.recommendation import NextItem
@@ -57,8 +53,6 @@ _TEST_BATCHES = 16
 _OFFERED = {"dim": 16, "num_heads": 2, "max_length": 64, "num_layers": 1, "layer_idx": 0}
 _REPEATS = 7
 
-Report = Callable[[str, str, int, int], None]
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -89,25 +83,6 @@ class Settings:
         return max(1, self.tokens // task.length)
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A result; ``error`` says why there are no numbers.
-
-    Attributes:
-        mixer: name of the mechanism. config: arguments other than its defaults.
-        task: name of the task, or "cost".
-        numbers: of a task its ``score`` on sequences never trained on, and the ``seconds`` of training; of "cost"
-            ``parameters`` of a model without embeddings, ``forward`` and ``backward`` time over softmax's, and where it
-            streams ``decode`` time over softmax's and ``state``, bytes per token after `COST_LENGTH` tokens.
-    """
-
-    mixer: str
-    task: str
-    numbers: dict[str, float] = field(default_factory=dict)
-    config: dict[str, Any] = field(default_factory=dict)
-    error: str | None = None
-
-
 def all_mixers() -> tuple[str, ...]:
     """Softmax, and every mechanism of the catalogue that works and mixes the tokens of one sequence; see `LEFT_OUT`."""
     found = ["softmax"]
@@ -128,74 +103,48 @@ def run_sequence(
 ) -> list[Cell]:
     """All cells, those already in ``folder`` unchanged; ``report`` is called at every step.
 
-    A mechanism that may not mix causally is trained only on the tasks that classify a whole sequence. A cell that fails
-    holds the error, its traceback is printed to stderr, and it is tried again the next time.
+    Numbers of a task: its ``score`` on sequences never trained on, and the ``seconds`` of training; of "cost"
+    ``parameters`` of a model without embeddings, ``forward`` and ``backward`` time over softmax's, and where it streams
+    ``decode`` time over softmax's and ``state``, bytes per token after `COST_LENGTH` tokens. A mechanism that may not
+    mix causally is trained only on the tasks that classify a whole sequence.
 
     Raises:
         ArgumentError: the folder holds results of other settings.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    configured = json.dumps({**asdict(settings), "tasks": [repr(task) for task in tasks]}, indent=1)
-    about = folder / "settings.json"
-    if about.exists() and about.read_text() != configured:
-        raise ArgumentError(f"folder: {str(folder)!r} holds results of other settings; name another one")
-    about.write_text(configured)
+    open_folder(folder, {**asdict(settings), "tasks": [repr(task) for task in tasks]})
     cells = []
     for mixer in mixers:
         causal = is_causal(mixer)
-        jobs: list[tuple[str, Callable[[], dict[str, float]]]] = [
+        jobs: list[tuple[str, Callable[[], Outcome]]] = [
             (task.name, partial(_train, mixer, task, settings, report)) for task in tasks if causal or _classes(task)
         ]
         jobs.append(("cost", partial(_cost, mixer, settings)))
-        cells += [_cell(folder, mixer, name, job) for name, job in jobs]
+        cells += [cell(folder, mixer, name, CONFIGS.get(mixer, {}), job) for name, job in jobs]
     return cells
 
 
-def _cell(folder: Path, mixer: str, task: str, job: Callable[[], dict[str, float]]) -> Cell:
-    path = folder / f"{mixer.replace('/', '.')}--{task.replace(' ', '-')}.json"
-    if path.exists() and (old := Cell(**json.loads(path.read_text()))).error is None:
-        return old
-    try:
-        cell = Cell(mixer, task, job(), CONFIGS.get(mixer, {}))
-    except Exception as error:  # one that fails must not cost the results of the others
-        if not isinstance(error, MissingExtra | ArgumentError):
-            traceback.print_exc()
-        cell = Cell(mixer, task, error=" ".join(f"{type(error).__name__}: {error}".split()))
-    fresh = path.with_suffix(".new")  # renamed when whole, so an interruption cannot leave half a file
-    fresh.write_text(json.dumps(asdict(cell), indent=1))
-    fresh.replace(path)
-    return cell
-
-
-def _train(mixer: str, task: SequenceTask, settings: Settings, report: Report) -> dict[str, float]:
-    accelerator = require("accelerate", "train").Accelerator(cpu=True)
+def _train(mixer: str, task: SequenceTask, settings: Settings, report: Report) -> Outcome:
     size = settings.batch_size(task)
     task.batch("train", 0, 1, settings.seed)  # data that is missing is found out first
-    model: Any = _model(mixer, task, settings)
-    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.01)
-    schedule: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, settings.lr, settings.steps, pct_start=0.1)
-    model, optimizer, schedule = accelerator.prepare(model, optimizer, schedule)
-    start = time.perf_counter()
-    for step in range(settings.steps):
+
+    def loss(model: Any, step: int) -> Tensor:
         ids, targets, weights = task.batch("train", step, size, settings.seed)
-        loss = (negative_log_likelihood(model(ids), targets) * weights).sum() / weights.sum()
-        if not torch.isfinite(loss):
-            raise ArithmeticError(f"the loss is {float(loss)} at step {step}")
-        accelerator.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        report(mixer, task.name, step + 1, settings.steps)
-    seconds = time.perf_counter() - start
-    model.eval()
+        return (negative_log_likelihood(model(ids), targets) * weights).sum() / weights.sum()
+
+    model, seconds = train(
+        _model(mixer, task, settings),
+        loss,
+        settings.steps,
+        settings.lr,
+        lambda step: report(mixer, task.name, step, settings.steps),
+    )
     with torch.no_grad():
         tests = [task.batch("test", i, size, settings.seed) for i in range(_TEST_BATCHES)]
         score = sum(task.score(model(batch.ids), batch) for batch in tests) / len(tests)
-    return {"score": score, "seconds": seconds}
+    return Outcome({"score": score, "seconds": seconds})
 
 
-def _cost(mixer: str, settings: Settings) -> dict[str, float]:
+def _cost(mixer: str, settings: Settings) -> Outcome:
     """Times against softmax's by turns, medians of the ratios; one sequence for decoding."""
     task = ByteText(COST_LENGTH)
     ids = task.batch("test", 0, 2, settings.seed).ids
@@ -203,25 +152,15 @@ def _cost(mixer: str, settings: Settings) -> dict[str, float]:
     softmax = _model("softmax", task, settings, own.causal).eval()
     numbers: dict[str, float] = {"parameters": sum(p.numel() for p in own.blocks.parameters())}
     with torch.no_grad():
-        numbers["forward"] = _ratio(lambda: own(ids), lambda: softmax(ids))
-    numbers["backward"] = _ratio(lambda: own(ids).sum().backward(), lambda: softmax(ids).sum().backward())
+        numbers["forward"] = ratio(lambda: own(ids), lambda: softmax(ids), _REPEATS)
+    numbers["backward"] = ratio(lambda: own(ids).sum().backward(), lambda: softmax(ids).sum().backward(), _REPEATS)
     if own.causal and all(block.mixer.state is not None for block in own.blocks):  # type: ignore[union-attr]
         with torch.no_grad():
             states = [model.stream(ids[:1])[1] for model in (own, softmax)]
             numbers["state"] = state_bytes(states[0]) / COST_LENGTH
             new = ids[:1, :1]
-            numbers["decode"] = _ratio(lambda: own.stream(new, states[0]), lambda: softmax.stream(new, states[1]), 41)
-    return numbers
-
-
-def _ratio(run: Callable[[], Any], baseline: Callable[[], Any], repeats: int = _REPEATS) -> float:
-    def seconds(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    run(), baseline()  # warm
-    return statistics.median(seconds(run) / seconds(baseline) for _ in range(repeats))
+            numbers["decode"] = ratio(lambda: own.stream(new, states[0]), lambda: softmax.stream(new, states[1]), 41)
+    return Outcome(numbers)
 
 
 def _model(mixer: str, task: SequenceTask, settings: Settings, causal: bool | None = None) -> LanguageModel:
