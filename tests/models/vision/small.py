@@ -145,4 +145,19 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         32,
     ),
     "duoformer/resnet": ({"in_chans": 2, "dims": (8, 16), "depths": (1, 2), "stem_dim": 8}, 32),
+    "segman": (
+        {
+            "in_chans": 2,
+            "image_size": 40,
+            "embed_dims": (8, 16),
+            "depths": (1, 1),
+            "num_heads": (1, 2),
+            "kernel_sizes": (5, 3),
+            "global_stages": (False, True),
+            "mlp_ratios": (2, 2),
+            "projection": 24,
+            "layer_scale": (None, 0.5),
+        },
+        32,
+    ),
 }
