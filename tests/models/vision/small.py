@@ -160,4 +160,15 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "dualtoken-vit": (
+        {
+            "in_chans": 2,
+            "embed_dims": (8, 16),
+            "depths": (1, 1),
+            "num_heads": (1, 2),
+            "mlp_ratios": (2, 2),
+            "token_grid": (2, 2),
+        },
+        32,
+    ),
 }
