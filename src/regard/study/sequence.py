@@ -46,6 +46,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 LEFT_OUT: dict[str, str] = {
     "deconstructing-attention/decoupled": "is softmax attention until its model supplies another source",
     "sparsifiner": "has a fixed number of tokens, those of an image",
+    "titans/memory-as-context": "is attention beside the memory of `titans`, at twice its time",
+    "titans/memory-as-gate": "is attention beside the memory of `titans`, at twice its time",
+    "titans/memory-as-layer": "is attention after the memory of `titans`, at twice its time",
     "vmoba": "has a fixed grid, that of a video",
 }
 COST_LENGTH = 512
