@@ -62,6 +62,13 @@ SHRUNK: dict[str, dict[str, Any]] = {
         "kernel_size": 3,
         "dilations": ((1, 4), (1, 2), (1, 1)),
     },
+    "dualtoken-vit": {
+        "embed_dims": _dims(28, 3),
+        "depths": (1, 2, 3),
+        "num_heads": (1, 2, 4),
+        "mlp_ratios": (4, 4, 4),
+        "token_grid": (4, 4),
+    },
     "duoformer/resnet": {"dims": _dims(26), "depths": (1, 1, 1, 1), "bottleneck": False, "stem_dim": 26},
     "favit": {
         "embed_dims": _dims(16, 3),
