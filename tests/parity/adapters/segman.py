@@ -23,7 +23,8 @@ def check(golden: Golden) -> Iterable[Comparison]:
         yield compare(f"stage{i}", stage.movedim(-1, 1))
 
     def mixer(stage: int) -> Any:
-        side = config["image_size"] // 2 ** (stage + 2)
+        size = config["image_size"]
+        sides = (size, size) if isinstance(size, int) else size
         return regard.from_official(
             "segman",
             golden.state(f"enc.layers.{2 * stage}.blocks.0.token_mixer."),
@@ -31,8 +32,9 @@ def check(golden: Golden) -> Iterable[Comparison]:
             embed_dim=config["embed_dims"][stage],
             num_heads=heads[stage],
             window_size=config["window_size"][stage],
+            window_dilation=config.get("window_dilation", (1,) * 4)[stage],
             global_mode=stage == 3,
-            image_size=(side, side),
+            image_size=[side // 2 ** (stage + 2) for side in sides],
             use_rpb=config.get("use_rpb", False),
         ).eval()
 
