@@ -56,8 +56,8 @@ def _notes(cells: Sequence[Cell], settings: Settings, tasks: Sequence[ImageTask]
         f"guessing gives: {chances}.",
         f"At {SIZE}: the mean over the tasks. At {' and '.join(str(s) for s in TRANSFER)}: the same networks, not "
         "trained further, on the same images resampled.",
-        "Megamacs: millions of multiply-adds of one image. Forward, step (and backward): time of a batch over vit's; "
-        "medians of ratios.",
+        "Megamacs: millions of multiply-adds of one image, in convolutions and matrix products (Fourier transforms are "
+        "not among them). Forward, step (forward and backward): time of a batch over vit's; medians of ratios.",
         cells_page.machine_note(),
     ]
     for name, row in rows(cells).items():

@@ -68,7 +68,7 @@ _DIGITS: dict[str, Callable[[], corpora.Digits]] = {"mnist": corpora.mnist, "8x8
 class Digits:
     """Handwritten digits from 0 to 9, enlarged: MNIST's or scikit-learn's of 8×8 pixels; guessing gives 0.1.
 
-    Every tenth of MNIST's, and of the others the last fifth, by other writers, is for tests: those in order, while
+    Every tenth of MNIST's, and of the others the last fifth, mostly by other writers, is for tests: in order, while
     training batches are drawn with equally many of each digit.
     """
 
