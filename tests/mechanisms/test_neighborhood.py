@@ -3,6 +3,8 @@
 import itertools
 import math
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from regard import masks
 from regard.attention import Partial
 from regard.attention.grid import grid_attention
 from regard.attention.grid_plan import Axis
-from regard.errors import ArgumentError, ShapeError, Unsupported
+from regard.errors import ArgumentError, MissingExtra, ShapeError, Unsupported
 from regard.mechanisms.grid.neighborhood import (
     NeighborhoodAttention,
     neighborhood_attention,
@@ -318,3 +320,38 @@ def test_strides_are_ranked() -> None:
     bounds = [count.speedup_bound for _, count in found]
     assert bounds == sorted(bounds, reverse=True)
     assert found[0][1].perfectly_block_sparse
+
+
+def test_natten_gets_its_own_arguments(monkeypatch) -> None:
+    """A stand-in for the package: what it would be called with, and that its answer is passed on."""
+    called = {}
+
+    def na2d(q: Tensor, k: Tensor, v: Tensor, **arguments: object) -> tuple[Tensor, Tensor]:
+        called.update(arguments, heads=k.shape[-2])
+        return q + 1, q[..., 0]
+
+    monkeypatch.setitem(sys.modules, "natten", SimpleNamespace(na2d=na2d))
+    q, k, v = torch.randn(1, 6, 8, 4, 5), torch.randn(1, 6, 8, 2, 5), torch.randn(1, 6, 8, 2, 5)
+    found = neighborhood_attention(
+        q, k, v, (3, 4), (2, 1), (1, 2), (False, True), 0.3, return_lse=True, backend="natten"
+    )
+    assert called == {
+        "kernel_size": (3, 4),
+        "stride": (1, 2),
+        "dilation": (2, 1),
+        "is_causal": (False, True),
+        "scale": 0.3,
+        "return_lse": True,
+        "heads": 4,
+    }
+    assert found.out.equal(q + 1)
+    assert found.lse.equal(q[..., 0])
+
+
+def test_natten_is_asked_for_by_name(monkeypatch) -> None:
+    q = torch.randn(1, 5, 5, 2, 4)
+    monkeypatch.setitem(sys.modules, "natten", None)
+    with pytest.raises(MissingExtra, match="natten is needed"):
+        neighborhood_attention(q, q, q, 3, backend="natten")
+    with pytest.raises(Unsupported, match="'natten' takes no rpb"):
+        neighborhood_attention(q, q, q, 3, rpb=torch.zeros(2, 5, 5), backend="natten")

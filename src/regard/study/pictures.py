@@ -4,6 +4,7 @@ import html
 import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,10 @@ from regard.catalog.page import example_arguments
 from regard.mechanisms.grid.base import GridMechanism
 from regard.mechanisms.grid.channel import ChannelAttention
 from regard.mechanisms.grid.global_context import GlobalQueryGenerator, GlobalWindowAttention
+from regard.mechanisms.grid.lass import LASS
 from regard.mechanisms.grid.lsda import LSDAttention
 from regard.mechanisms.grid.neighborhood import NeighborhoodAttention
+from regard.mechanisms.grid.polyline import PolylinePathAttention
 from regard.probes.reach import reach
 from regard.study import png
 
@@ -57,6 +60,8 @@ MORE: dict[str, dict[str, Callable[[], nn.Module]]] = {
         "stride 4": lambda: NeighborhoodAttention(64, 4, stride=4),
         "causal rows": lambda: NeighborhoodAttention(64, 4, is_causal=(True, False)),
     },
+    "ppma": {"attention, chunk": lambda: PolylinePathAttention(64, 4, form="chunk")},
+    "segman": {"lass, global": lambda: LASS(64, 4, global_mode=True, image_size=14)},
 }
 
 
@@ -67,7 +72,7 @@ def mixers(system: System) -> Iterator[tuple[str, Callable[[], nn.Module]]]:
         if isinstance(cls, type) and issubclass(cls, GridMechanism):
             inputs = list(inspect.signature(cls.forward).parameters.values())[1:]
             if sum(p.default is p.empty for p in inputs) == 1:
-                yield part or "default", lambda cls=cls: cls(**example_arguments(cls))
+                yield part or "default", partial(cls, **example_arguments(cls))
     yield from MORE.get(system.slug, {}).items()
 
 

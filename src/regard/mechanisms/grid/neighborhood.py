@@ -11,13 +11,14 @@ from regard.attention import Partial, attention, merge
 from regard.attention.grid import grid_attention
 from regard.attention.grid_plan import Axis
 from regard.attention.grid_slots import slot_scores, slot_sum
+from regard.attention.natten import natten_attention
 from regard.errors import ArgumentError, ShapeError, Unsupported
 from regard.layers import load_strictly, per_head
 from regard.masks.neighborhood import neighborhood_axes
 from regard.mechanisms.grid.base import GridMechanism
 
 PerAxis = int | Sequence[int]
-_BACKENDS = ("auto", "tiles", "blocks")
+_BACKENDS = ("auto", "tiles", "blocks", "natten")
 
 
 def neighborhood_attention(
@@ -54,7 +55,8 @@ def neighborhood_attention(
         additional_keys, additional_values: (B, M, Hk, D or E), tokens that all queries see besides, in one softmax.
         return_lse: also return the log-sum-exp (B, *grid, H), as a `Partial`.
         backend: "tiles" (`regard.attention.grid`), "blocks" (the mask on the sequence of all tokens), or "auto": tiles,
-            except on one axis without dilation, where the keys of a tile are one run and blocks are faster.
+            except on one axis without dilation, where the keys of a tile are one run and blocks are faster. "natten"
+            runs the kernels of that package, for GPUs; it has to be asked for.
 
     Returns:
         (B, *grid, H, E), or with return_lse a `Partial`.
@@ -62,7 +64,8 @@ def neighborhood_attention(
     Raises:
         ShapeError: shapes do not fit together.
         ArgumentError: a window does not fit the grid, or a stride its window.
-        Unsupported: rpb with causal axes or strides, or with backend="blocks".
+        Unsupported: rpb with causal axes or strides, or with backend="blocks" or "natten".
+        MissingExtra: backend="natten" without that package.
     """
     grid = _checked(query, key, value)
     window = neighborhood_axes(
@@ -72,8 +75,8 @@ def neighborhood_attention(
     if backend not in _BACKENDS:
         raise ArgumentError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
     _check_bias(rpb, axes, query.shape[-2])
-    if rpb is not None and backend == "blocks":
-        raise Unsupported("backend: 'blocks' takes no rpb; use 'tiles'")
+    if rpb is not None and backend in ("blocks", "natten"):
+        raise Unsupported(f"backend: {backend!r} takes no rpb; use 'tiles'")
     more = _additional(query, key, value, additional_keys, additional_values)
     if backend == "auto":
         run = len(axes) == 1 and axes[0].dilation == 1 and rpb is None and not torch.compiler.is_compiling()
@@ -82,6 +85,8 @@ def neighborhood_attention(
         mask = masks.neighborhood(grid, kernel_size, dilation, stride, is_causal)
         flat = (_tokens(t) for t in (query, key, value))
         found = _on_grid(attention(*flat, mask=mask, scale=scale, return_lse=True), grid)
+    elif backend == "natten":
+        found = natten_attention(query, key, value, axes, scale=scale)
     else:
         center = [a.window - 1 for a in axes]
         found = grid_attention(query, key, value, axes, bias=rpb, bias_center=center, scale=scale)
