@@ -171,4 +171,43 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         32,
     ),
+    "agent-attention/deit": (
+        {
+            "in_chans": 2,
+            "img_size": 32,
+            "patch_size": 8,
+            "dim": 12,
+            "depth": 2,
+            "num_heads": 2,
+            "num_agents": 4,
+            "agent_blocks": 1,
+        },
+        32,
+    ),
+    "agent-attention/pvt": (
+        {
+            "in_chans": 2,
+            "img_size": 32,
+            "embed_dims": (8, 16),
+            "num_heads": (1, 2),
+            "mlp_ratios": (2, 2),
+            "depths": (1, 1),
+            "num_agents": (4, 0),
+            "sr_ratios": (2, 2),
+        },
+        32,
+    ),
+    "agent-attention/swin": (
+        {
+            "in_chans": 2,
+            "img_size": 56,
+            "embed_dim": 8,
+            "depths": (2, 2),
+            "num_heads": (1, 2),
+            "num_agents": (4, 4),
+            "agent_blocks": (1, 0),
+            "window_size": 14,
+        },
+        56,
+    ),
 }

@@ -14,7 +14,7 @@ ATOL = 1e-5
 def check(golden: Golden) -> Iterable[Comparison]:
     for variant in ("deit", "pvt", "swin"):
         layer = regard.from_official(
-            "agent-attention", golden.state(f"{variant}."), variant=variant, **golden.kwargs[variant]
+            "agent-attention", golden.state(f"{variant}."), variant=f"{variant}-attention", **golden.kwargs[variant]
         ).eval()
         x = golden.inputs[f"{variant}_x"].requires_grad_()
         y = layer(x)

@@ -154,8 +154,12 @@ class AgentAttention(Mechanism):
     def from_official(
         cls, state_dict: dict[str, Tensor], *, variant: str = "deit", **official_kwargs: Any
     ) -> "AgentAttention":
-        """The ``AgentAttention`` of the published "deit", "pvt" and "swin" models."""
+        """The ``AgentAttention`` of the published "deit", "pvt" and "swin" models.
+
+        Also called "deit-attention" and so on, because the catalogue knows the models themselves by the short names.
+        """
         given, state = official_kwargs, dict(state_dict)
+        variant = variant.removesuffix("-attention")
         grid: tuple[int, int]
         if variant == "deit":
             grid = (given.get("window", 14),) * 2
@@ -175,11 +179,20 @@ class AgentAttention(Mechanism):
             kv_reduction=given.get("sr_ratio", 1) if variant == "pvt" else 1,
             bias=given.get("qkv_bias", variant == "swin"),
         )
-        split_rows(state, "qkv", ("q_proj", "k_proj", "v_proj"))
-        split_rows(state, "kv", ("k_proj", "v_proj"))
-        names = {name: f"biases.{name}" for name, _ in module.biases.named_parameters()}
-        load_strictly(module, state, names | {"q": "q_proj", "proj": "o_proj", "sr": "reduce"})
+        load_strictly(module, state, own_names(state))
         return module
+
+
+def own_names(state: dict[str, Tensor], old: str = "", new: str = "") -> dict[str, str]:
+    """Cut the fused projections of the published layer whose names begin with ``old``, in place.
+
+    Returns what else of it has another name in an `AgentAttention` whose names begin with ``new``.
+    """
+    split_rows(state, f"{old}qkv", (f"{old}q_proj", f"{old}k_proj", f"{old}v_proj"))
+    split_rows(state, f"{old}kv", (f"{old}k_proj", f"{old}v_proj"))
+    names = {"q": "q_proj", "proj": "o_proj", "sr": "reduce"}
+    names |= {f"{pair}_bias": f"biases.{pair}_bias" for pair in ("an", "na", "ah", "aw", "ha", "wa", "ac", "ca")}
+    return {f"{old}{theirs}": f"{new}{ours}" for theirs, ours in names.items()}
 
 
 class AgentBiases(nn.Module):
