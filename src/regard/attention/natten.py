@@ -27,7 +27,7 @@ def natten_attention(
     groups = query.shape[-2] // key.shape[-2]
     if groups > 1:
         key, value = (t.repeat_interleave(groups, -2) for t in (key, value))
-    function = (natten.na1d, natten.na2d, natten.na3d)[len(axes) - 1]
+    function = getattr(natten, f"na{len(axes)}d")
     out, lse = function(
         query,
         key,
