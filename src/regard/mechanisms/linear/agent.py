@@ -266,6 +266,8 @@ def mean_of_pieces(x: Tensor, count: int, valid: Tensor | None = None) -> tuple[
     which are filled, None if all are.
     """
     batch, n = x.shape[:2]
+    if valid is None and n % count == 0:  # the usual case, several times faster
+        return x.unflatten(1, (count, n // count)).mean(2), None
     if valid is None:
         rank, length = torch.arange(n, device=x.device).expand(batch, n), x.new_full((batch, 1), n, dtype=torch.long)
     else:
