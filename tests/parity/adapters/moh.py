@@ -12,7 +12,7 @@ ATOL = 1e-5
 
 def check(golden: Golden) -> Iterable[Comparison]:
     for name, kwargs in golden.kwargs.items():
-        variant = "llama" if name.startswith("llama") else "dit"
+        variant = "llama" if name.startswith("llama") else "dit-attention"
         layer = regard.from_official("moh", golden.state(f"{name}."), variant=variant, **kwargs).eval()
         x = golden.inputs[f"{name}_x" if f"{name}_x" in golden.inputs else "x"].clone().requires_grad_()
         out = layer(x)

@@ -61,6 +61,10 @@ class CosineAttention(GridMechanism):
         scale = torch.full((1,), float(grid[0] * grid[1]), dtype=x.dtype, device=x.device).log()
         _, q = self._queries(q, scale)
         y = attention(q, F.normalize(k, dim=-1), v, bias=self.position_bias(grid, grid), scale=1.0)
+        return self._out(y, x)
+
+    def _out(self, y: Tensor, x: Tensor) -> Tensor:
+        """What heads found, (B, heads, N, D), for the tokens x, to the output (B, H, W, C)."""
         return self.proj(merge_heads(y)).view_as(x)
 
     def _queries(self, q: Tensor, length_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +163,7 @@ class AggregatedAttention(CosineAttention):
         kp = F.normalize(kp, dim=-1)
         far = attention(q, kp, vp, bias=bias, scale=1.0, backend="reference", return_lse=True)
         y = merge(local, far).out + self._learned(unscaled, v, grid)
-        return self.proj(merge_heads(y)).view_as(x)
+        return self._out(y, x)
 
     def _local(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Partial:
         axes = [Axis(side, self.window_size, border="cut") for side in grid]

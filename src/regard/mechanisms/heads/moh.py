@@ -29,7 +29,51 @@ class Routing(NamedTuple):
     balance_loss: Tensor
 
 
-class MixtureOfHeadAttention(Mechanism):
+class RoutesHeads(nn.Module):
+    """What mixtures of heads have in common: the learned router, its gates, and `last_routing`."""
+
+    num_heads: int
+    shared_heads: int
+    routed_heads: int
+    last_routing: Routing | None = None
+
+    def _add_router(self, dim: int, num_heads: int, shared: int, routed: int, learned: bool = True) -> None:
+        if not 0 <= shared <= num_heads:
+            raise ArgumentError(f"shared_heads: expected 0 to {num_heads}, got {shared}")
+        if not 0 <= routed <= num_heads - shared:
+            raise ArgumentError(f"routed_heads: expected 0 to {num_heads - shared}, got {routed}")
+        self.shared_heads, self.routed_heads = shared, routed
+        self.wg = nn.Linear(dim, num_heads - shared, bias=False) if learned and routed else None
+        self.wg_1 = nn.Linear(dim, shared, bias=False) if learned and (shared > 1) else None
+        self.wg_0 = nn.Linear(dim, 2, bias=False) if learned and shared and routed else None
+
+    def _route(self, x: Tensor) -> Routing:
+        """The gates for tokens x (B, N, C)."""
+        k, shared = self.routed_heads, self.shared_heads
+        gates, probabilities, mask = [], x.new_zeros(*x.shape[:2], 0), x.new_zeros(*x.shape[:2], 0).bool()
+        if shared:
+            # the published code leaves the head alone where it is the only shared one
+            gates.append(x.new_ones(*x.shape[:2], 1) if self.wg_1 is None else shared * self.wg_1(x).softmax(-1))
+        if self.wg is not None:
+            probabilities = self.wg(x).softmax(-1)
+            mask = _top(probabilities, k)
+            kept = probabilities * mask
+            total = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).eps)
+            gates.append(k * kept / total)
+        elif self.num_heads > shared:  # nothing is routed
+            gates.append(x.new_zeros(*x.shape[:2], self.num_heads - shared))
+        if self.wg_0 is not None:
+            both = 2 * self.wg_0(x).softmax(-1)
+            gates = [part * both[..., i : i + 1] for i, part in enumerate(gates)]
+        return Routing(torch.cat(gates, -1), mask, _balance(probabilities, mask))
+
+    def _gate(self, out: Tensor, routing: Routing) -> Tensor:
+        """What heads found, (B, H, N, D), times their gates."""
+        self.last_routing = routing
+        return out * routing.gates.transpose(1, 2).unsqueeze(-1).to(out.dtype)
+
+
+class MixtureOfHeadAttention(RoutesHeads, Mechanism):
     """Multi-head attention as a mixture of heads (MoH, arXiv:2410.11842).
 
         p = softmax(x Wg),  m = top-k(p)                    over the H_r routed heads
@@ -61,7 +105,6 @@ class MixtureOfHeadAttention(Mechanism):
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal-self"})
     cost: ClassVar[str] = "O(N² C)"
     state: ClassVar = "growing"
-    last_routing: Routing | None = None
 
     def __init__(
         self,
@@ -81,24 +124,16 @@ class MixtureOfHeadAttention(Mechanism):
         super().__init__()
         self.head_dim, self.num_kv_heads = per_head(dim, num_heads, head_dim, num_kv_heads)
         shared = num_heads // 4 if shared_heads is None else shared_heads
-        if not 0 <= shared <= num_heads:
-            raise ArgumentError(f"shared_heads: expected 0 to {num_heads}, got {shared}")
         routed = (num_heads - shared + 1) // 2 if routed_heads is None else routed_heads
-        if not 0 <= routed <= num_heads - shared:
-            raise ArgumentError(f"routed_heads: expected 0 to {num_heads - shared}, got {routed}")
         if router not in ROUTERS:
             raise ArgumentError(f"router: expected one of {', '.join(ROUTERS)}, got {router!r}")
         self.dim, self.num_heads, self.causal = dim, num_heads, legitimate(self, causal)
-        self.shared_heads, self.routed_heads, self.router = shared, routed, router
-        self.rope_theta = rope_theta
+        self.router, self.rope_theta = router, rope_theta
         self.q_proj = nn.Linear(dim, num_heads * self.head_dim, bias=qkv_bias)
         self.k_proj, self.v_proj = (nn.Linear(dim, self.num_kv_heads * self.head_dim, bias=qkv_bias) for _ in range(2))
         self.o_proj = nn.Linear(num_heads * self.head_dim, dim, bias=proj_bias)
         self.q_norm, self.k_norm = (nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity() for _ in range(2))
-        learned = router == "learned"
-        self.wg = nn.Linear(dim, num_heads - shared, bias=False) if learned and routed else None
-        self.wg_1 = nn.Linear(dim, shared, bias=False) if learned and (shared > 1) else None
-        self.wg_0 = nn.Linear(dim, 2, bias=False) if learned and shared and routed else None
+        self._add_router(dim, num_heads, shared, routed, router == "learned")
 
     def forward(self, x: Tensor, context: Tensor | None = None, *, valid: Tensor | None = None) -> Tensor:
         self._check(x, context, valid, dim=self.dim)
@@ -121,30 +156,13 @@ class MixtureOfHeadAttention(Mechanism):
         return rotate_tokens(q, self.rope_theta, past), rotate_tokens(k, self.rope_theta, past), v, routing
 
     def _mix(self, out: Tensor, routing: Routing) -> Tensor:
-        self.last_routing = routing
-        return self.o_proj(merge_heads(out * routing.gates.transpose(1, 2).unsqueeze(-1).to(out.dtype)))
+        return self.o_proj(merge_heads(self._gate(out, routing)))
 
     def route(self, x: Tensor, q: Tensor) -> Routing:
         """The gates for tokens x (B, N, C) with queries (B, H, N, D) before rotation."""
         if self.router == "query_norm":
             return self._route_by_norm(q)
-        k, shared = self.routed_heads, self.shared_heads
-        gates, probabilities, mask = [], x.new_zeros(*x.shape[:2], 0), x.new_zeros(*x.shape[:2], 0).bool()
-        if shared:
-            # the published code leaves the head alone where it is the only shared one
-            gates.append(x.new_ones(*x.shape[:2], 1) if self.wg_1 is None else shared * self.wg_1(x).softmax(-1))
-        if self.wg is not None:
-            probabilities = self.wg(x).softmax(-1)
-            mask = _top(probabilities, k)
-            kept = probabilities * mask
-            total = kept.sum(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).eps)
-            gates.append(k * kept / total)
-        elif self.num_heads > shared:  # nothing is routed
-            gates.append(x.new_zeros(*x.shape[:2], self.num_heads - shared))
-        if self.wg_0 is not None:
-            both = 2 * self.wg_0(x).softmax(-1)
-            gates = [part * both[..., i : i + 1] for i, part in enumerate(gates)]
-        return Routing(torch.cat(gates, -1), mask, _balance(probabilities, mask))
+        return self._route(x)
 
     def _route_by_norm(self, q: Tensor) -> Routing:
         norms = q[:, self.shared_heads :].norm(dim=-1).transpose(1, 2)  # (B, N, H_r)
@@ -161,9 +179,12 @@ class MixtureOfHeadAttention(Mechanism):
     def from_official(
         cls, state_dict: dict[str, Tensor], *, variant: str = "dit", **official_kwargs: Any
     ) -> "MixtureOfHeadAttention":
-        """``variant`` "dit" (``MoHAttention`` of MoH-DiT) or "llama" (``LlamaAttention`` of MoH-LLaMA3)."""
+        """``variant`` "dit" (``MoHAttention`` of MoH-DiT) or "llama" (``LlamaAttention`` of MoH-LLaMA3).
+
+        Also called "dit-attention", because the catalogue knows the whole network by the short name.
+        """
         state = dict(state_dict)
-        if variant == "dit":
+        if variant in ("dit", "dit-attention"):
             dim, heads = official_kwargs["dim"], official_kwargs.get("num_heads", 8)
             shared, routed = official_kwargs.get("shared_head", 0), official_kwargs.get("routed_head", 0)
             shared = heads if routed == 0 else shared  # without routed heads all are shared
@@ -237,7 +258,7 @@ def moh_balance_loss(model: nn.Module) -> Tensor:
     Raises:
         ArgumentError: the model has no such layer, or none has run.
     """
-    layers = [m for m in model.modules() if isinstance(m, MixtureOfHeadAttention)]
+    layers = [m for m in model.modules() if isinstance(m, RoutesHeads)]
     found = [layer.last_routing.balance_loss for layer in layers if layer.last_routing is not None]
     if not found:
         raise ArgumentError("model: expected MoH layers that have run, found none")
