@@ -124,6 +124,14 @@ def test_balance_loss_is_least_when_load_is_even() -> None:
     assert layer.wg.weight.grad is not None
 
 
+def test_layers_that_do_not_route_have_no_part_in_the_balance_loss() -> None:
+    routing, shared, x = module(), module(shared_heads=8, routed_heads=0), tokens()
+    both = torch.nn.Sequential(routing, shared)
+    both(x)
+    torch.testing.assert_close(moh_balance_loss(both), routing.last_routing.balance_loss)
+    assert moh_balance_loss(shared) == 0
+
+
 def test_gradients() -> None:
     layer = module(shared_heads=2, routed_heads=2, num_heads=4)
     x = torch.randn(1, 4, 16, dtype=torch.float64, requires_grad=True)

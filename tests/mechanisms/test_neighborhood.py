@@ -23,7 +23,7 @@ from regard.mechanisms.grid.neighborhood import (
     neighborhood_av,
     neighborhood_qk,
 )
-from regard.mechanisms.grid.tile_simulator import search_strides, simulate_neighborhood
+from regard.mechanisms.grid.tile_simulator import predict_ratio, search_strides, simulate_neighborhood
 
 Settings = tuple[list[int], list[int], list[int], list[bool]]
 
@@ -355,3 +355,14 @@ def test_natten_is_asked_for_by_name(monkeypatch) -> None:
         neighborhood_attention(q, q, q, 3, backend="natten")
     with pytest.raises(Unsupported, match="'natten' takes no rpb"):
         neighborhood_attention(q, q, q, 3, rpb=torch.zeros(2, 5, 5), backend="natten")
+
+
+def test_predicted_times_are_those_of_the_tiles_that_run() -> None:
+    everything = predict_ratio((64, 64), 64)
+    assert 1 <= everything < 1.1  # dense attention itself, and a little for gathering
+    aligned, sliding = predict_ratio((64, 64), 16, 16), predict_ratio((64, 64), 16)
+    bound = simulate_neighborhood((64, 64), 16, 16, q_tile=16, kv_tile=16)
+    assert bound.perfectly_block_sparse
+    assert 1 / bound.speedup_bound < aligned < sliding < everything
+    with pytest.raises(ArgumentError, match="window_size"):
+        predict_ratio((4, 4), 5)

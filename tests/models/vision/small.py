@@ -210,4 +210,18 @@ SMALL: dict[str, tuple[dict[str, Any], int]] = {
         },
         56,
     ),
+    "moh/vit": (
+        {
+            "in_chans": 2,
+            "embed_dims": (8, 16),
+            "num_heads": (2, 4),
+            "mlp_ratios": (3, 2),
+            "depths": (1, 1),
+            "sr_ratios": (4, 1),
+            "pretrain_size": 32,
+            "shared_heads": (2, 2),
+            "routed_heads": (0, 1),
+        },
+        32,
+    ),
 }

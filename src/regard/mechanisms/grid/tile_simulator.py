@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 from regard import masks
-from regard.attention.grid_plan import Axis, group_sizes
+from regard.attention.grid_plan import Axis, cost, extent, group_sizes, tile_size
 from regard.errors import ArgumentError
 from regard.masks.grid import grid_shape, per_axis
 from regard.masks.neighborhood import neighborhood_axes
@@ -94,6 +94,32 @@ def simulate_neighborhood(
     ]
     visited, whole = (math.prod(each) for each in zip(*counts, strict=True))
     return TileCount(visited, baseline, visited - whole, flop_bound)
+
+
+def predict_ratio(
+    grid: Sequence[int],
+    window_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] = False,
+    *,
+    heads: int = 8,
+) -> float:
+    """Time of `neighborhood_attention` in tiles over that of dense attention among all tokens, forward, on a CPU.
+
+    Unlike `simulate_neighborhood` it knows what regard does: which tiles it chooses, and what gathering keys, small
+    tiles and calls of the kernel cost (`regard.attention.grid_plan.cost`). ``benchmarks/neighborhood.py`` holds it
+    against measurements.
+
+    Args:
+        grid, window_size, stride, dilation, is_causal: as in `regard.masks.neighborhood`.
+        heads: of all batch items together.
+    """
+    shape = grid_shape(grid)
+    window = neighborhood_axes(shape, window_size, dilation, stride, is_causal, window_name="window_size")
+    axes = tuple(Axis(a.length, a.window, a.dilation, a.stride, a.causal) for a in window)
+    extents = [extent(axis, size) for axis, size in zip(axes, tile_size(axes, heads), strict=True)]
+    return cost(extents, heads) / (heads * math.prod(shape) ** 2)
 
 
 def search_strides(

@@ -253,16 +253,17 @@ def convert_mha_to_moh(
 
 
 def moh_balance_loss(model: nn.Module) -> Tensor:
-    """The mean of the balance losses of all MoH layers in their last call; the paper adds 0.01 times this.
+    """The mean of the balance losses of all MoH layers that route, in their last call; the paper adds 0.01 times this.
 
     Raises:
-        ArgumentError: the model has no such layer, or none has run.
+        ArgumentError: the model has no MoH layer, or none has run.
     """
     layers = [m for m in model.modules() if isinstance(m, RoutesHeads)]
-    found = [layer.last_routing.balance_loss for layer in layers if layer.last_routing is not None]
+    found = [layer.last_routing for layer in layers if layer.last_routing is not None]
     if not found:
         raise ArgumentError("model: expected MoH layers that have run, found none")
-    return torch.stack(found).mean()
+    routed = [routing.balance_loss for routing in found if routing.mask.shape[-1]]
+    return torch.stack(routed).mean() if routed else found[0].balance_loss
 
 
 def _top(probabilities: Tensor, k: int) -> Tensor:

@@ -1,6 +1,6 @@
 """TransNeXt (arXiv:2311.17132): aggregated attention in three stages, global attention in the last."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -160,9 +160,13 @@ class TransNeXt(Backbone):
         num_stages: int = 4,
         fixed_pool_size: int | None = None,
         norm_eps: float = 1e-5,
+        further: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> "TransNeXt":
-        """Weights and arguments of the published ``TransNeXt``; its named sizes have ``norm_eps=1e-6``."""
+        """Weights and arguments of the published ``TransNeXt``; its named sizes have ``norm_eps=1e-6``.
+
+        ``further`` are arguments that a subclass has besides.
+        """
         model = cls(
             num_classes,
             in_chans,
@@ -178,6 +182,7 @@ class TransNeXt(Backbone):
             qkv_bias,
             drop_path_rate,
             norm_eps,
+            **(further or {}),
         )
         rename: dict[str, str] = {}
         for i in range(num_stages):
