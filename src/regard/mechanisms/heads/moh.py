@@ -1,6 +1,6 @@
 """MoH: every token picks which attention heads contribute, and how much."""
 
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +104,7 @@ class MixtureOfHeadAttention(RoutesHeads, Mechanism):
 
     patterns: ClassVar[frozenset[Pattern]] = frozenset({"self", "causal-self"})
     cost: ClassVar[str] = "O(N² C)"
-    state: ClassVar = "growing"
+    state: ClassVar[Literal["constant", "growing"] | None] = "growing"
 
     def __init__(
         self,
