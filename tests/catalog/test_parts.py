@@ -31,4 +31,4 @@ def test_unknown_parts_are_refused() -> None:
     with pytest.raises(ArgumentError, match="no part 'head'; it has: model"):
         regard.create("titans/head")
     with pytest.raises(ArgumentError, match="no part 'model'; it has: none"):
-        regard.create("moh/model")
+        regard.create("sigmoid-attention/model")
