@@ -175,4 +175,5 @@ def _balanced(count: int, classes: int, g: torch.Generator) -> Tensor:
 
 
 #: what `regard study vision` trains on
-TASKS: Sequence[ImageTask] = (Digits("mnist"), Digits("8x8"), Patches("texture"), Patches("rotation", sides=(72, 93)))
+#: what `regard study vision` trains; rotations are left out because no network learned them in its budget
+TASKS: Sequence[ImageTask] = (Digits("mnist"), Digits("8x8"), Patches("texture"))
