@@ -18,6 +18,7 @@ _EXPORTS = {
     "create": "regard.mechanisms",
     "from_official": "regard.mechanisms",
     "apply": "regard.sites",
+    "record": "regard.probes",
     "compare": "regard.study",
     "catalog": "regard.catalog",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "from_official",
     "masks",
     "merge",
+    "record",
     "select",
 ]
 
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from regard import attention, catalog, masks, select
     from regard.attention import Partial, merge
     from regard.mechanisms import create, from_official
+    from regard.probes import record
     from regard.sites import apply
     from regard.study import compare
 

@@ -3,6 +3,19 @@
 from regard.probes.indicators import attention_indicators
 from regard.probes.pattern import Pattern, PatternProbe
 from regard.probes.reach import reach
+from regard.probes.recorder import Recorder, record
+from regard.probes.recording import LayerRecord, Recording
 from regard.probes.routing import routing_entropy, routing_fluctuation
 
-__all__ = ["Pattern", "PatternProbe", "attention_indicators", "reach", "routing_entropy", "routing_fluctuation"]
+__all__ = [
+    "LayerRecord",
+    "Pattern",
+    "PatternProbe",
+    "Recorder",
+    "Recording",
+    "attention_indicators",
+    "reach",
+    "record",
+    "routing_entropy",
+    "routing_fluctuation",
+]

@@ -1,0 +1,143 @@
+"""What attention did, as statistics of its weights, from queries and keys alone and in blocks of queries."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from regard.attention.problem import Problem, checked
+from regard.errors import ArgumentError
+from regard.masks import Mask
+
+_CHUNK_WEIGHTS = 2**21  # weights held at once: 8 MB in float32
+
+
+@dataclass(eq=False)
+class Statistics:
+    """Of the weights w (B, H, N, M) of one attention, in float32.
+
+    Attributes:
+        mass: (B, H, M), Σ_i w_ij: what each key receives from all queries.
+        entropy: (B, H, N) in nats; 0 for a query that sees nothing.
+        peak: (B, H, N), the largest weight.
+        distance: (B, H, bins), the weight that falls on keys as far away as `distance_edges` says, summed over queries.
+        spans: (B, H, N, S), the weight on the keys of each span.
+        rows: (B, H, R, M), the weights of the chosen queries.
+    """
+
+    mass: Tensor
+    entropy: Tensor
+    peak: Tensor
+    distance: Tensor
+    spans: Tensor
+    rows: Tensor
+
+
+def distance_edges(length: int) -> tuple[int, ...]:
+    """Bin b holds distances edges[b] <= |i - j| < edges[b + 1]: 0, 1, 2-3, 4-7, ... up to ``length - 1``."""
+    edges = [0, 1]
+    while edges[-1] < length:
+        edges.append(2 * edges[-1])
+    return tuple(edges)
+
+
+def statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    mask: Mask | Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    query_positions: Tensor | None = None,
+    key_positions: Tensor | None = None,
+    spans: Tensor | None = None,
+    rows: Sequence[int] = (),
+    valid: Tensor | None = None,
+    heads: Sequence[int] | None = None,
+) -> Statistics:
+    """Statistics of ``softmax(scale · q kᵀ + bias | mask)``; at most a few rows of it exist at a time.
+
+    Args:
+        query: (B, H, N, D).
+        key: (B, Hk, M, D), where Hk divides H.
+        mask, bias, scale: as in `regard.attention`.
+        query_positions: (B or 1, N); by default the last N of the keys' slots.
+        key_positions: (B or 1, H or 1, M); by default 0..M-1.
+        spans: (B or 1, H or 1, M, S) bool, which keys belong to each span; none by default.
+        rows: queries whose weights are kept.
+        valid: (B, N) bool, False for queries that do not count (padding): their statistics are 0.
+        heads: query heads to look at, in this order; then H is their number. All by default.
+
+    Raises:
+        ShapeError, ArgumentError: as in `regard.attention`.
+    """
+    p = checked(query, key, key, mask, bias, scale)
+    chosen = list(range(p.heads)) if heads is None else list(heads)
+    if not all(0 <= head < p.heads for head in chosen):
+        raise ArgumentError(f"heads: expected some of 0..{p.heads - 1}, got {chosen}")
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(p.batch, len(chosen), *shape, device=p.device)
+
+    if query_positions is None:
+        query_positions = torch.arange(p.m - p.n, p.m, device=p.device)[None]
+    if key_positions is None:
+        key_positions = torch.arange(p.m, device=p.device)[None, None]
+    farthest = max(int(query_positions.max()), int(key_positions.max()), 0) + 1
+    edges = torch.tensor(distance_edges(farthest), device=p.device)
+    bins, count = len(edges) - 1, 0 if spans is None else spans.shape[-1]
+    found = Statistics(
+        mass=zeros(p.m),
+        entropy=zeros(p.n),
+        peak=zeros(p.n),
+        distance=zeros(bins),
+        spans=zeros(p.n, count),
+        rows=zeros(len(rows), p.m),
+    )
+    wanted = torch.as_tensor(list(rows), dtype=torch.long)
+    for part, w in _weights(p, chosen, valid):
+        keys = slice(0, w.shape[-1])
+        found.mass[..., keys] += w.sum(2)
+        found.entropy[:, :, part] = torch.special.entr(w).sum(-1)
+        found.peak[:, :, part] = w.amax(-1)
+        gap = (query_positions[:, None, part, None] - key_positions[..., None, keys]).abs()
+        bin_of = (torch.bucketize(gap, edges, right=True) - 1).clamp(0, bins - 1).expand(w.shape)
+        found.distance += zeros(bins).scatter_add_(-1, bin_of.flatten(2), w.flatten(2))
+        if spans is not None:
+            found.spans[:, :, part] = w @ spans[..., keys, :].to(w.dtype)
+        inside = ((wanted >= part.start) & (wanted < part.stop)).nonzero()[:, 0]
+        if len(inside):
+            found.rows[:, :, inside, keys] = w[:, :, wanted[inside] - part.start]
+    return found
+
+
+def _weights(p: Problem, heads: list[int], valid: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """(queries, their weights (B, H, n, m)), m being the keys up to the last that some of them see."""
+    dtype = torch.promote_types(p.query.dtype, torch.float32)
+    groups, query, key = p.groups, p.query, p.key
+    if heads != list(range(p.heads)):
+        groups, query, key = 1, query[:, heads], key[:, [head // groups for head in heads]]
+    chunk = max(1, _CHUNK_WEIGHTS // max(1, p.batch * len(heads) * p.m))
+    for start in range(0, p.n, chunk):
+        part = slice(start, min(start + chunk, p.n))
+        allowed = p.allowed(part)
+        m = p.m
+        if allowed is not None:
+            seen = allowed.flatten(0, -2).any(0).nonzero()
+            m = int(seen[-1]) + 1 if len(seen) else 1
+        q = query[:, :, part].to(dtype).unflatten(1, (-1, groups))
+        s = (q @ key[:, :, :m].to(dtype).unsqueeze(2).mT * p.scale).flatten(1, 2)
+        if (bias := p.bias_rows(part)) is not None:
+            s = s + _of(bias, heads)[..., :m]
+        if allowed is not None:
+            s = s.masked_fill(~_of(allowed, heads)[..., :m], -torch.inf)
+        w = s.softmax(-1).nan_to_num_(0.0)  # nan: a query that sees nothing
+        if valid is not None:
+            w = w * valid[:, None, part, None]
+        yield part, w.float()
+
+
+def _of(terms: Tensor, heads: list[int]) -> Tensor:
+    """The heads of (B or 1, H or 1, n, M)."""
+    return terms if terms.shape[1] == 1 else terms[:, heads]
