@@ -1,11 +1,15 @@
 """PPMAViT: published sizes and cost, its blocks, images of other sizes, what it refuses."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import regard
 from regard.errors import ArgumentError, ShapeError
-from regard.models.vision.ppma import PPMABlock, PPMAViT
+from regard.mechanisms.grid.polyline import PolylinePathAttention
+from regard.models.vision.ppma import PPMAViT
+from regard.models.vision.pyramid import PyramidBlock
 from tests.models.vision.counts import gigamacs, millions
 
 SMALL = {"num_classes": 3, "embed_dims": (8, 16), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (2, 2)}
@@ -31,7 +35,7 @@ def test_published_sizes(name: str, parameters: int, macs: float) -> None:
 
 def test_a_block_is_its_equation() -> None:
     torch.manual_seed(0)
-    block = PPMABlock(8, 2, "chunk", 1.5, 0.0, 0.5).double()
+    block = PyramidBlock(8, partial(PolylinePathAttention, 8, 2, "chunk"), 1.5, 0.0, 0.5).double()
     x = torch.randn(2, 5, 4, 8, dtype=torch.float64)
     y = x + block.pos(x)
     y = y + 0.5 * block.attn(torch.nn.functional.layer_norm(y, (8,), eps=1e-6))

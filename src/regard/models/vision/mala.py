@@ -1,40 +1,19 @@
 """MALA's vision backbone (arXiv:2507.00698): linear attention where images are large, softmax where they are small."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from regard.errors import ArgumentError
 from regard.layers import load_strictly
-from regard.layers.conv_mlp import ConvMLP
-from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
-from regard.layers.scale import LayerScale
 from regard.mechanisms.linear.mala import GridMagnitudeAwareAttention, halves_of_rows_and_columns
-from regard.models.vision.backbone import Backbone, check_stages
+from regard.models.vision.backbone import check_stages
+from regard.models.vision.pyramid import Pyramid
 
 
-class MalaBlock(nn.Module):
-    def __init__(
-        self, dim: int, num_heads: int, linear: bool, mlp_ratio: float, drop_path: float, layer_scale: float | None
-    ):
-        super().__init__()
-        self.pos = DepthwiseConv2d(dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = GridMagnitudeAwareAttention(dim, num_heads, linear)
-        self.ffn = ConvMLP(dim, int(dim * mlp_ratio))
-        scales = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
-        self.scale1, self.scale2 = scales
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos(x)
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))
-
-
-class MALA(Backbone):
+class MALA(Pyramid):
     """Images (B, in_chans, H, W) to logits (B, num_classes), at any size.
 
     A convolutional stem (stride 4), four stages with convolutions of stride 2 between them, a projection with Swish,
@@ -91,37 +70,25 @@ class MALA(Backbone):
         layer_scale: Sequence[float | None] = (1.0, 1.0, 1.0, 1.0),
         features_only: bool = False,
     ):
-        super().__init__()
         stages = len(dims)
         ratios = [mlp_ratio] * stages if isinstance(mlp_ratio, int | float) else list(mlp_ratio)
         check_stages(
             stages, depths=depths, num_heads=num_heads, linear=linear, mlp_ratio=ratios, layer_scale=layer_scale
         )
-        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, projection
-        self.channels, self.strides = tuple(dims), tuple(4 * 2**i for i in range(stages))
-        self.features_only = features_only
         half, full = dims[0] // 2, dims[0]
-        stem: list[nn.Module] = []
-        for dim_in, dim_out, stride in ((in_chans, half, 2), (half, half, 1), (half, half, 1), (half, full, 2)):
-            stem += [Conv2d(dim_in, dim_out, 3, stride), BatchNorm2d(dim_out), nn.GELU()]
-        self.stem = nn.Sequential(*stem[:-1])
-        rates = drop_path_rates(drop_path_rate, depths)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(MalaBlock(dims[i], num_heads[i], linear[i], ratios[i], rate, layer_scale[i]) for rate in rates[i])
-            )
-            for i in range(stages)
+        super().__init__(
+            num_classes,
+            in_chans,
+            dims,
+            depths,
+            [partial(GridMagnitudeAwareAttention, *each) for each in zip(dims, num_heads, linear, strict=True)],
+            ratios,
+            ((half, 2), (half, 1), (half, 1), (full, 2)),
+            projection,
+            drop_path_rate,
+            layer_scale,
+            features_only,
         )
-        self.downsamples = nn.ModuleList(
-            nn.Sequential(Conv2d(before, after, 3, 2), BatchNorm2d(after)) for before, after in pairwise(dims)
-        )
-        self.proj = nn.Linear(dims[-1], projection)
-        self.norm = BatchNorm2d(projection)
-        self.act = nn.SiLU()
-        self.head = nn.Linear(projection, num_classes) if num_classes else nn.Identity()
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        return self.head(self.act(self.norm(self.proj(x))).mean((1, 2)))
 
     @classmethod
     def from_official(

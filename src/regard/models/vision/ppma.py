@@ -1,41 +1,18 @@
 """PPMAViT (arXiv:2506.15940): polyline path masked attention, in lines where images are large, whole where small."""
 
 from collections.abc import Sequence
-from itertools import pairwise
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from regard.layers import load_strictly
-from regard.layers.conv_mlp import ConvMLP
-from regard.layers.grid import BatchNorm2d, Conv2d, DepthwiseConv2d, DropPath, drop_path_rates
-from regard.layers.scale import LayerScale
 from regard.mechanisms.grid.polyline import PUBLISHED, PolylinePathAttention, halved
-from regard.models.vision.backbone import Backbone, check_stages
+from regard.models.vision.backbone import check_stages
+from regard.models.vision.pyramid import Pyramid
 
 
-class PPMABlock(nn.Module):
-    """``x += dwconv(x); x += γ₁ attention(LN x); x += γ₂ ConvMLP(LN x)`` on (B, H, W, C)."""
-
-    def __init__(
-        self, dim: int, num_heads: int, form: str, mlp_ratio: float, drop_path: float, layer_scale: float | None
-    ):
-        super().__init__()
-        self.pos = DepthwiseConv2d(dim)
-        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = PolylinePathAttention(dim, num_heads, form)
-        self.ffn = ConvMLP(dim, int(dim * mlp_ratio))
-        scales = (nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale) for _ in range(2))
-        self.scale1, self.scale2 = scales
-        self.drop_path = DropPath(drop_path)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.pos(x)
-        x = x + self.drop_path(self.scale1(self.attn(self.norm1(x))))
-        return x + self.drop_path(self.scale2(self.ffn(self.norm2(x))))
-
-
-class PPMAViT(Backbone):
+class PPMAViT(Pyramid):
     """Images (B, in_chans, H, W) to logits (B, num_classes), at any size.
 
     A convolutional stem (stride 4), four stages with convolutions of stride 2 between them, a projection with Swish,
@@ -83,40 +60,28 @@ class PPMAViT(Backbone):
         layer_scale: Sequence[float | None] | None = None,
         features_only: bool = False,
     ):
-        super().__init__()
         stages = len(embed_dims)
         scales = [None] * stages if layer_scale is None else layer_scale
         check_stages(stages, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, forms=forms, layer_scale=scales)
-        self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, projection
-        self.channels, self.strides = tuple(embed_dims), tuple(4 * 2**i for i in range(stages))
-        self.features_only = features_only
         half, full = embed_dims[0] // 2, embed_dims[0]
-        stem: list[nn.Module] = []
-        for dim_in, dim_out, stride in ((in_chans, half, 2), (half, half, 1), (half, full, 2), (full, full, 1)):
-            stem += [Conv2d(dim_in, dim_out, 3, stride), BatchNorm2d(dim_out), nn.GELU()]
-        self.stem = nn.Sequential(*stem[:-1])
-        rates = drop_path_rates(drop_path_rate, depths)
-        self.stages = nn.ModuleList(
-            nn.Sequential(
-                *(PPMABlock(dim, num_heads[i], forms[i], mlp_ratios[i], rate, scales[i]) for rate in rates[i])
-            )
-            for i, dim in enumerate(embed_dims)
+        super().__init__(
+            num_classes,
+            in_chans,
+            embed_dims,
+            depths,
+            [partial(PolylinePathAttention, *each) for each in zip(embed_dims, num_heads, forms, strict=True)],
+            mlp_ratios,
+            ((half, 2), (half, 1), (full, 2), (full, 1)),
+            projection,
+            drop_path_rate,
+            scales,
+            features_only,
         )
-        self.downsamples = nn.ModuleList(
-            nn.Sequential(Conv2d(before, after, 3, 2), BatchNorm2d(after)) for before, after in pairwise(embed_dims)
-        )
-        self.proj = nn.Linear(embed_dims[-1], projection)
-        self.norm = BatchNorm2d(projection)
-        self.act = nn.SiLU()
-        self.head = nn.Linear(projection, num_classes) if num_classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-
-    def forward_head(self, x: Tensor) -> Tensor:
-        return self.head(self.act(self.norm(self.proj(x))).mean((1, 2)))
 
     @classmethod
     def from_official(
