@@ -60,10 +60,10 @@ def vision(
 ) -> None:
     """Train every vision backbone, shrunk to the same multiply-adds, and write OUT/table.md and OUT/page.html.
 
-    Tasks: MNIST's digits, digits of 8×8 pixels, textures, and how a piece of a photo was turned; then the same images
-    at other sizes. `make data` fetches the data. About two minutes per backbone on one core. Stop it at any time: the
-    same command goes on. To use more cores, start it several times with other --backbones and the same --out; a last
-    run without --backbones writes all of the table.
+    Tasks: MNIST's digits, digits of 8×8 pixels, and textures in pieces of photos; then the same images at other sizes.
+    `make data` fetches the data. About two minutes per backbone on one core. Stop it at any time: the same command goes
+    on. To use more cores, start it several times with other --backbones and the same --out; a last run without
+    --backbones writes all of the table.
     """
     from regard.study import vision as runner
     from regard.study import vision_page
