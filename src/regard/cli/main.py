@@ -10,6 +10,7 @@ import typer
 import regard
 from regard.cli.compare import compare
 from regard.cli.info import info
+from regard.cli.inspect import inspect
 from regard.cli.list import list_systems
 from regard.cli.study import study
 from regard.errors import ArgumentError, MissingExtra, ShapeError, Unsupported
@@ -25,6 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compare")(compare)
+app.command("inspect")(inspect)
 app.command("list")(list_systems)
 app.command("info")(info)
 app.add_typer(study, name="study")
@@ -46,11 +48,12 @@ def _regard(
         bool, typer.Option("--debug", help="Show the traceback of errors (or set REGARD_DEBUG=1).")
     ] = False,
 ) -> None:
-    """Compare attention methods on your own language model, and look up the published ones.
+    """Compare attention methods on your own language model, see where it looks, and look up the published ones.
 
     \b
     [bold]Start here[/]
       regard compare --model smollm2 --context 2048 --report report.html
+      regard inspect --text letter.txt --report inspect.html
       regard list --status works
       regard info h2o
     """

@@ -1,0 +1,80 @@
+"""`regard inspect` from the command line."""
+
+import pytest
+
+from regard.cli.main import main
+from regard.tasks import english
+from tests.tiny_models import tiny
+from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    tiny("llama", vocab_size=VOCAB_SIZE).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch):
+    """Run one command line in this process: (exit code, stdout, stderr)."""
+    monkeypatch.delenv("REGARD_DEBUG", raising=False)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            main(("inspect", *map(str, arguments)))
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_own_model_and_text(run, folder, tmp_path) -> None:
+    text, report = tmp_path / "letter.txt", tmp_path / "page.html"
+    text.write_text(english()[:3000], encoding="utf-8")
+    code, out, err = run("--model", folder, "--text", text, "--tokens", 50, "--report", report)
+    assert code == 0
+    assert out == f"the text goes on after its first 50 tokens; --tokens reads more\nreport: {report}\n"
+    assert "layer 3 of 3" in err
+    assert "letter.txt, which goes on after them" in report.read_text(encoding="utf-8")
+
+
+def test_a_short_text_is_read_whole(run, folder, tmp_path) -> None:
+    text, report = tmp_path / "letter.txt", tmp_path / "page.html"
+    text.write_text("Dear reader, good day.", encoding="utf-8")
+    code, out, _ = run("--model", folder, "--text", text, "--report", report)
+    assert (code, out) == (0, f"report: {report}\n")
+
+
+def test_help_teaches_by_example(run) -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert out.count("regard inspect --") >= 3
+    for option in ("--model", "--text", "--tokens", "--report", "--device"):
+        assert option in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "no/such-model"), "model: cannot load 'no/such-model'"),
+        (("--text", "nowhere.txt"), "text: cannot read 'nowhere.txt': No such file or directory"),
+        (("--tokens", "1"), "tokens must be 2 to 4096, got 1"),
+        (("--tokens", "600"), "tokens: the model reads at most 512, got 600"),
+        (("--report", "no/such/folder/r.html"), "cannot write 'no/such/folder/r.html': there is no folder"),
+    ],
+)
+def test_errors_are_one_line(run, folder, tmp_path, arguments, message) -> None:
+    given = {"--model": folder, "--report": str(tmp_path / "r.html"), **{arguments[0]: arguments[1]}}
+    code, out, err = run(*(part for pair in given.items() for part in pair))
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert message in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_a_report_must_be_named(run, folder) -> None:
+    code, _, err = run("--model", folder)
+    assert code == 2
+    assert "--report" in err
