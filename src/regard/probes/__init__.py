@@ -6,6 +6,8 @@ from regard.probes.reach import reach
 from regard.probes.recorder import Recorder, record
 from regard.probes.recording import LayerRecord, Recording
 from regard.probes.routing import routing_entropy, routing_fluctuation
+from regard.probes.saliency import backprop_saliency, gradcam, gradient, linear_approx, normgrad
+from regard.probes.sensitivity import class_sensitivity, meta_saliency
 
 __all__ = [
     "LayerRecord",
@@ -14,6 +16,13 @@ __all__ = [
     "Recorder",
     "Recording",
     "attention_indicators",
+    "backprop_saliency",
+    "class_sensitivity",
+    "gradcam",
+    "gradient",
+    "linear_approx",
+    "meta_saliency",
+    "normgrad",
     "reach",
     "record",
     "routing_entropy",
