@@ -174,5 +174,5 @@ def _balanced(count: int, classes: int, g: torch.Generator) -> Tensor:
     return torch.randperm(classes, generator=g).repeat(-(-count // classes))[:count][torch.randperm(count, generator=g)]
 
 
-#: what `regard study vision` trains on; rotations are left out because no network learned them in its budget
+#: what `regard study vision` trains on; rotations are left out: trials stayed near guessing
 TASKS: Sequence[ImageTask] = (Digits("mnist"), Digits("8x8"), Patches("texture"))
