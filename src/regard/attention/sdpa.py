@@ -34,6 +34,8 @@ def run(p: Problem, return_lse: bool = False) -> Partial:
     if reason := refuses(p, return_lse):
         raise Unsupported(f"backend 'sdpa' with return_lse: {reason}; use backend='blocks'")
     on_cpu = p.device.type == "cpu"
+    if on_cpu and refuses(p, True) is not None and p.query.dtype in (torch.float32, torch.float64):
+        return Partial(_written_out(p), p.query.new_empty(0))
     q, k, v = fold(p, same_dim=on_cpu)
     offset = None if p.bias is not None else causal_offset(p)
     if on_cpu and refuses(p, True) is None:
@@ -82,15 +84,26 @@ def _torch(p: Problem, q: Tensor, k: Tensor, v: Tensor, offset: int | None) -> T
     return out.masked_fill(unseen, 0.0)
 
 
+def _written_out(p: Problem) -> Tensor:
+    """What torch's function would do for a learnt bias on a CPU, with the bias as small as it was given."""
+    term = _terms(p, p.query.dtype)
+    unseen = (term == -torch.inf).all(-1, keepdim=True)
+    q, k, v = p.query.unflatten(1, (p.kv_heads, p.groups)), p.key.unsqueeze(2), p.value.unsqueeze(2)
+    scores = (q * p.scale @ k.mT).flatten(1, 2) + term.masked_fill(unseen, 0.0)
+    weights = scores.softmax(-1).unflatten(1, (p.kv_heads, p.groups))
+    return (weights @ v).flatten(1, 2).masked_fill(unseen, 0.0)
+
+
 def _additive(p: Problem, dtype: torch.dtype) -> Tensor:
     """Mask and bias as one additive tensor, broadcastable to (B·Hk, G, N, M)."""
+    return fold_mask(p, _terms(p, dtype))
+
+
+def _terms(p: Problem, dtype: torch.dtype) -> Tensor:
+    """Mask and bias as one additive tensor, broadcastable to (B, H, N, M)."""
     wide = torch.promote_types(dtype, torch.float32)
     allowed = p.allowed()
     if p.bias is None:
         assert allowed is not None
-        additive = torch.zeros(allowed.shape, dtype=wide, device=p.device).masked_fill_(~allowed, -torch.inf)
-    elif allowed is None:
-        additive = p.bias.to(wide)
-    else:
-        additive = p.bias.to(wide).masked_fill(~allowed, -torch.inf)
-    return fold_mask(p, additive)
+        return torch.zeros(allowed.shape, dtype=wide, device=p.device).masked_fill_(~allowed, -torch.inf)
+    return p.bias.to(wide) if allowed is None else p.bias.to(wide).masked_fill(~allowed, -torch.inf)
