@@ -359,7 +359,7 @@ def test_natten_is_asked_for_by_name(monkeypatch) -> None:
 
 def test_predicted_times_are_those_of_the_tiles_that_run() -> None:
     everything = predict_ratio((64, 64), 64)
-    assert 1 <= everything < 1.1  # dense attention itself, and a little for gathering
+    assert 1 <= everything < 1.3  # dense attention itself, in one tile
     aligned, sliding = predict_ratio((64, 64), 16, 16), predict_ratio((64, 64), 16)
     bound = simulate_neighborhood((64, 64), 16, 16, q_tile=16, kv_tile=16)
     assert bound.perfectly_block_sparse
