@@ -99,3 +99,5 @@ def test_refusals() -> None:
         regard.from_official("crossformer", {}, group_type="linear")
     with pytest.raises(ArgumentError, match="windowsize: not an argument"):
         regard.from_official("crossformer", {}, variant="block", dim=16, num_heads=2, windowsize=3)
+    with pytest.raises(ArgumentError, match="embed_dim: expected a multiple of 8 for 4 kernels, got 20"):
+        regard.create("crossformer", embed_dim=20)

@@ -24,6 +24,8 @@ class CrossScaleEmbedding(nn.Module):
     def __init__(self, dim_in: int, dim: int, kernels: Sequence[int], stride: int):
         super().__init__()
         last = len(kernels) - 1
+        if dim % 2**last:
+            raise ArgumentError(f"embed_dim: expected a multiple of {2**last} for {last + 1} kernels, got {dim}")
         self.projs = nn.ModuleList(
             Conv2d(dim_in, dim // 2 ** (min(i + 1, last) if last else 0), size, stride, padding=(size - stride) // 2)
             for i, size in enumerate(kernels)
