@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from regard.attention import tile
 from regard.attention.grid_plan import Axis, Tiling, offsets, tile_size, tiling
+from regard.attention.grid_slots import bias_at
 from regard.attention.partial import Partial
 
 __all__ = ["Axis", "grid_attention"]
@@ -82,11 +83,7 @@ def _term(
         if masks is None:
             return None
         return torch.zeros_like(masks, dtype=dtype).masked_fill(~masks, -torch.inf)[:, None]
-    index = [
-        (each + middle).clamp(0, size - 1)  # what is beyond is masked
-        for each, middle, size in zip(offset, center, bias.shape[1:], strict=True)
-    ]
-    term = bias.to(dtype)[(slice(None), *index)].movedim(0, 1)
+    term = bias_at(bias.to(dtype), offset, center).movedim(0, 1)
     return term if masks is None else term.masked_fill(~masks[:, None], -torch.inf)
 
 

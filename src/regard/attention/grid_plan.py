@@ -6,13 +6,15 @@ Planning runs in NumPy and not in torch, so that it goes on as usual where torch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, reduce
 from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from regard.masks.neighborhood import NeighborhoodAxis
 
 Ints = NDArray[np.int64]
 Bools = NDArray[np.bool_]
@@ -71,6 +73,11 @@ class Axis(NamedTuple):
             return np.maximum(leader - self.window + 1, 0), p + 1
         start = np.minimum(np.maximum(leader - self.window // 2, 0), size - self.window)
         return start, start + self.window
+
+
+def stopping(axes: Iterable[NeighborhoodAxis]) -> tuple[Axis, ...]:
+    """The axes of `masks.neighborhood`, whose windows stop at the borders."""
+    return tuple(Axis(a.length, a.window, a.dilation, a.stride, a.causal) for a in axes)
 
 
 class Extent(NamedTuple):

@@ -34,11 +34,7 @@ def slot_scores(
     scores = torch.stack([(q * k.index_select(1, index)).sum(-1) for index in keys.unbind(1)], -1)
     scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
-        index = [
-            (offset + middle).clamp(0, size - 1)
-            for offset, middle, size in zip(offsets, bias_center, bias.shape[1:], strict=True)
-        ]
-        scores = scores + bias[(slice(None), *index)].movedim(0, 1)
+        scores = scores + bias_at(bias, offsets, bias_center).movedim(0, 1)
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
     return scores.view(*query.shape[:-1], keys.shape[1])
@@ -52,6 +48,14 @@ def slot_sum(weights: Tensor, value: Tensor, axes: Sequence[Axis]) -> Tensor:
     total = sum(parts)
     assert isinstance(total, Tensor)
     return total.view(*weights.shape[:-1], value.shape[-1])
+
+
+def bias_at(bias: Tensor, offsets: Tensor, center: Sequence[int]) -> Tensor:
+    """A table (H, *sizes) at offsets (axes, ...) from its center: (H, ...); what is beyond it has to be masked."""
+    index = [
+        (each + middle).clamp(0, size - 1) for each, middle, size in zip(offsets, center, bias.shape[1:], strict=True)
+    ]
+    return bias[(slice(None), *index)]
 
 
 @torch.compiler.assume_constant_result

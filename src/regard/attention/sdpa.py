@@ -34,11 +34,12 @@ def run(p: Problem, return_lse: bool = False) -> Partial:
     if reason := refuses(p, return_lse):
         raise Unsupported(f"backend 'sdpa' with return_lse: {reason}; use backend='blocks'")
     on_cpu = p.device.type == "cpu"
-    if on_cpu and refuses(p, True) is not None and p.query.dtype in (torch.float32, torch.float64):
+    fused = on_cpu and refuses(p, True) is None
+    if on_cpu and not fused and p.query.dtype in (torch.float32, torch.float64):
         return Partial(_written_out(p), p.query.new_empty(0))
     q, k, v = fold(p, same_dim=on_cpu)
     offset = None if p.bias is not None else causal_offset(p)
-    if on_cpu and refuses(p, True) is None:
+    if fused:
         out, lse = _fused(p, q, k, v, offset)
     else:
         out, lse = _torch(p, q, k, v, offset), q.new_empty(0)

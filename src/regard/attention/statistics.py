@@ -49,8 +49,6 @@ def statistics(
     mask: Mask | Tensor | None = None,
     bias: Tensor | None = None,
     scale: float | None = None,
-    query_positions: Tensor | None = None,
-    key_positions: Tensor | None = None,
     spans: Tensor | None = None,
     rows: Sequence[int] = (),
     valid: Tensor | None = None,
@@ -59,11 +57,9 @@ def statistics(
     """Statistics of ``softmax(scale · q kᵀ + bias | mask)``; at most a few rows of it exist at a time.
 
     Args:
-        query: (B, H, N, D).
+        query: (B, H, N, D), of the last N of M positions.
         key: (B, Hk, M, D), where Hk divides H.
         mask, bias, scale: as in `regard.attention`.
-        query_positions: (B or 1, N); by default the last N of the keys' slots.
-        key_positions: (B or 1, H or 1, M); by default 0..M-1.
         spans: (B or 1, H or 1, M, S) bool, which keys belong to each span; none by default.
         rows: queries whose weights are kept.
         valid: (B, N) bool, False for queries that do not count (padding): their statistics are 0.
@@ -80,12 +76,8 @@ def statistics(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(p.batch, len(chosen), *shape, device=p.device)
 
-    if query_positions is None:
-        query_positions = torch.arange(p.m - p.n, p.m, device=p.device)[None]
-    if key_positions is None:
-        key_positions = torch.arange(p.m, device=p.device)[None, None]
-    farthest = max(int(query_positions.max()), int(key_positions.max()), 0) + 1
-    edges = torch.tensor(distance_edges(farthest), device=p.device)
+    positions = torch.arange(p.m, device=p.device)
+    edges = torch.tensor(distance_edges(p.m), device=p.device)
     bins, count = len(edges) - 1, 0 if spans is None else spans.shape[-1]
     found = Statistics(
         mass=zeros(p.m),
@@ -101,7 +93,7 @@ def statistics(
         found.mass[..., keys] += w.sum(2)
         found.entropy[:, :, part] = torch.special.entr(w).sum(-1)
         found.peak[:, :, part] = w.amax(-1)
-        gap = (query_positions[:, None, part, None] - key_positions[..., None, keys]).abs()
+        gap = (positions[p.m - p.n :][part, None] - positions[keys]).abs()
         bin_of = (torch.bucketize(gap, edges, right=True) - 1).clamp(0, bins - 1).expand(w.shape)
         found.distance += zeros(bins).scatter_add_(-1, bin_of.flatten(2), w.flatten(2))
         if spans is not None:

@@ -1,6 +1,7 @@
 """Writes the page of every working system: ``python -m regard.catalog.write_pages docs/systems``."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from regard import catalog
@@ -16,14 +17,19 @@ def pages() -> dict[str, str]:
     return {"README.md": "\n".join([*head, *rows]) + "\n", **files}
 
 
-def main(folder: Path) -> None:
+def replace_files(folder: Path, suffix: str, files: Mapping[str, str]) -> None:
+    """Write the files, and remove others with that suffix that the folder has."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = pages()
-    for old in folder.glob("*.md"):
-        if old.name not in written:
+    for old in folder.glob(f"*{suffix}"):
+        if old.name not in files:
             old.unlink()
-    for name, text in written.items():
+    for name, text in files.items():
         (folder / name).write_text(text)
+
+
+def main(folder: Path) -> None:
+    written = pages()
+    replace_files(folder, ".md", written)
     print(f"{len(written)} pages in {folder}")
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from regard import catalog
 from regard.catalog.loader import System
 from regard.catalog.page import example_arguments
+from regard.catalog.write_pages import replace_files
 from regard.mechanisms.grid.base import GridMechanism
 from regard.mechanisms.grid.channel import ChannelAttention
 from regard.mechanisms.grid.global_context import GlobalQueryGenerator, GlobalWindowAttention
@@ -122,13 +123,8 @@ def _svg(panels: list[tuple[str, list[list[float]]]], title: str) -> str:
 
 
 def main(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = {f"{s.slug}.svg": svg for s in catalog.systems(status="works") if (svg := picture(s)) is not None}
-    for old in folder.glob("*.svg"):
-        if old.name not in drawn:
-            old.unlink()
-    for name, svg in drawn.items():
-        (folder / name).write_text(svg)
+    replace_files(folder, ".svg", drawn)
     print(f"{len(drawn)} pictures in {folder}")
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from regard import masks
 from regard.attention import Partial, attention, merge
 from regard.attention.grid import grid_attention
-from regard.attention.grid_plan import Axis
+from regard.attention.grid_plan import Axis, stopping
 from regard.attention.grid_slots import slot_scores, slot_sum
 from regard.attention.natten import natten_attention
 from regard.errors import ArgumentError, ShapeError, Unsupported
@@ -67,11 +67,8 @@ def neighborhood_attention(
         Unsupported: rpb with causal axes or strides, or with backend="blocks" or "natten".
         MissingExtra: backend="natten" without that package.
     """
-    grid = _checked(query, key, value)
-    window = neighborhood_axes(
-        grid, kernel_size, dilation, stride, is_causal, window_name="kernel_size", causal_name="is_causal"
-    )
-    axes = tuple(Axis(a.length, a.window, a.dilation, a.stride, a.causal) for a in window)
+    axes = _axes(query, key, value, kernel_size, dilation, stride, is_causal)
+    grid = tuple(query.shape[1:-2])
     if backend not in _BACKENDS:
         raise ArgumentError(f"backend: expected one of {', '.join(_BACKENDS)}, got {backend!r}")
     _check_bias(rpb, axes, query.shape[-2])
@@ -244,7 +241,7 @@ def _axes(q: Tensor, k: Tensor, v: Tensor, size: Any, dilation: Any, stride: Any
     found = neighborhood_axes(
         _checked(q, k, v), size, dilation, stride, causal, window_name="kernel_size", causal_name="is_causal"
     )
-    return tuple(Axis(a.length, a.window, a.dilation, a.stride, a.causal) for a in found)
+    return stopping(found)
 
 
 def _checked(query: Tensor, key: Tensor, value: Tensor) -> tuple[int, ...]:

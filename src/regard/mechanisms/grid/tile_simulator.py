@@ -14,7 +14,7 @@ from itertools import product
 import numpy as np
 
 from regard import masks
-from regard.attention.grid_plan import Axis, cost, extent, group_sizes, tile_size
+from regard.attention.grid_plan import Axis, cost, extent, group_sizes, stopping, tile_size
 from regard.errors import ArgumentError
 from regard.masks.grid import grid_shape, per_axis
 from regard.masks.neighborhood import neighborhood_axes
@@ -90,8 +90,8 @@ def simulate_neighborhood(
         kind = masks.neighborhood(shape, window_size, dilation, stride, is_causal).blocks(n, n, (bq, bk)).cells()[2]
         return TileCount(len(kind), -(-n // bq) * -(-n // bk), int((kind == masks.SOME).sum()), flop_bound)
     counts = [
-        _count(Axis(a.length, a.window, a.dilation, a.stride, a.causal), tq, tk, kv_tiling == "dynamic")
-        for a, tq, tk in zip(window, queries, keys, strict=True)
+        _count(axis, tq, tk, kv_tiling == "dynamic")
+        for axis, tq, tk in zip(stopping(window), queries, keys, strict=True)
     ]
     visited, whole = (math.prod(each) for each in zip(*counts, strict=True))
     return TileCount(visited, baseline, visited - whole, flop_bound)
@@ -118,7 +118,7 @@ def predict_ratio(
     """
     shape = grid_shape(grid)
     window = neighborhood_axes(shape, window_size, dilation, stride, is_causal, window_name="window_size")
-    axes = tuple(Axis(a.length, a.window, a.dilation, a.stride, a.causal) for a in window)
+    axes = stopping(window)
     extents = [extent(axis, size) for axis, size in zip(axes, tile_size(axes, heads), strict=True)]
     return _TILED * cost(extents, heads) / (heads * math.prod(shape) ** 2)
 
