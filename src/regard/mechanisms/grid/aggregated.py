@@ -1,6 +1,6 @@
 """Aggregated attention (TransNeXt): neighbours in detail and the whole image pooled, in one softmax."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -92,10 +92,11 @@ class CosineAttention(GridMechanism):
         num_heads: int = 8,
         qkv_bias: bool = True,
         pretrain_grid: Sequence[int] | None = None,
+        further: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> "CosineAttention":
-        """Weights of the published ``Attention``."""
-        module = cls(dim, num_heads, pretrain_grid or input_resolution, qkv_bias)
+        """Weights of the published ``Attention``; ``further`` are arguments that only a subclass has."""
+        module = cls(dim, num_heads, pretrain_grid or input_resolution, qkv_bias, **(further or {}))
         load_strictly(module, state_dict, _CPB)
         return module
 
@@ -213,11 +214,12 @@ class AggregatedAttention(CosineAttention):
         sr_ratio: int = 1,
         fixed_pool_size: int | None = None,
         pretrain_grid: Sequence[int] | None = None,
+        further: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> "AggregatedAttention":
         """Weights of the published ``AggregatedAttention``; ``pretrain_grid`` is what its table was made with."""
         grid = pretrain_grid or input_resolution
-        module = cls(dim, num_heads, grid, window_size, sr_ratio, fixed_pool_size, qkv_bias)
+        module = cls(dim, num_heads, grid, window_size, sr_ratio, fixed_pool_size, qkv_bias, **(further or {}))
         load_strictly(module, state_dict, _CPB)
         return module
 

@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from regard.layers import load_strictly
 from regard.mechanisms.grid.aggregated import AggregatedAttention, CosineAttention
 from regard.mechanisms.heads.moh import RoutesHeads
 
@@ -40,23 +39,12 @@ class MixtureOfHeadCosineAttention(RoutesHeads, CosineAttention):
         return super()._out(self._gate(y, self._route(x.flatten(1, 2))), x)
 
     @classmethod
-    def from_official(
-        cls,
-        state_dict: dict[str, Tensor],
-        *,
-        dim: int,
-        input_resolution: Sequence[int],
-        num_heads: int = 8,
-        qkv_bias: bool = True,
-        pretrain_grid: Sequence[int] | None = None,
-        shared_head: int = 0,
-        routed_head: int = 0,
-        **_: Any,
+    def from_official(  # type: ignore[override]
+        cls, state_dict: dict[str, Tensor], *, num_heads: int = 8, **official: Any
     ) -> "MixtureOfHeadCosineAttention":
-        """Weights of the published ``Attention`` of MoH-ViT."""
-        shared = shared_head if routed_head else num_heads
-        module = cls(dim, num_heads, pretrain_grid or input_resolution, qkv_bias, shared, routed_head)
-        load_strictly(module, state_dict, _CPB)
+        """Weights of the published ``Attention`` of MoH-ViT; see `CosineAttention.from_official`."""
+        module = super().from_official(state_dict, num_heads=num_heads, **_routed(num_heads, **official))
+        assert isinstance(module, cls)
         return module
 
 
@@ -92,26 +80,18 @@ class MixtureOfHeadAggregatedAttention(RoutesHeads, AggregatedAttention):
 
     @classmethod
     def from_official(  # type: ignore[override]
-        cls,
-        state_dict: dict[str, Tensor],
-        *,
-        dim: int,
-        input_resolution: Sequence[int],
-        num_heads: int = 8,
-        window_size: int = 3,
-        qkv_bias: bool = True,
-        sr_ratio: int = 1,
-        fixed_pool_size: int | None = None,
-        pretrain_grid: Sequence[int] | None = None,
-        shared_head: int = 0,
-        routed_head: int = 0,
-        **_: Any,
+        cls, state_dict: dict[str, Tensor], *, num_heads: int = 8, **official: Any
     ) -> "MixtureOfHeadAggregatedAttention":
-        """Weights of the published ``AggregatedAttention`` of MoH-ViT."""
-        grid, shared = pretrain_grid or input_resolution, shared_head if routed_head else num_heads
-        module = cls(dim, num_heads, grid, window_size, sr_ratio, fixed_pool_size, qkv_bias, shared, routed_head)
-        load_strictly(module, state_dict, _CPB)
+        """Weights of the published ``AggregatedAttention`` of MoH-ViT; see `AggregatedAttention.from_official`."""
+        module = super().from_official(state_dict, num_heads=num_heads, **_routed(num_heads, **official))
+        assert isinstance(module, cls)
         return module
+
+
+def _routed(num_heads: int, shared_head: int = 0, routed_head: int = 0, **official: Any) -> dict[str, Any]:
+    """Published arguments with those about routing as ours; without routed heads all are shared."""
+    shared = shared_head if routed_head else num_heads
+    return {**official, "further": {"shared_heads": shared, "routed_heads": routed_head}}
 
 
 def mixture_of_heads(attn: CosineAttention, shared_heads: int, routed_heads: int) -> CosineAttention:
