@@ -16,9 +16,8 @@ from regard.attention.statistics import statistics
 from regard.errors import ArgumentError, Unsupported
 from regard.probes import Recorder, Recording
 from regard.sites import Call, Method, Site, apply
-from regard.study import png
+from regard.study import png, subject
 from regard.study.reading import Reader
-from regard.study.run import _evaluating, _model, _name_of, _text
 from regard.tasks.text import opening, tokenize
 
 LONGEST = 4096  # tokens; a page of more is neither small nor readable
@@ -151,8 +150,8 @@ def inspect(
     """
     if not 2 <= tokens <= LONGEST:
         raise ArgumentError(f"tokens must be 2 to {LONGEST}, got {tokens}")
-    source, content = _text(text)
-    network, tokenizer = _model(model, device, dtype)
+    source, content = subject.source(text)
+    network, tokenizer = subject.network(model, device, dtype)
     limit = getattr(network.config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise ArgumentError(f"tokens: the model reads at most {limit}, got {tokens}")
@@ -164,13 +163,13 @@ def inspect(
     pieces = list(_pieces(tokenizer, ids))
     spans = _spans(pieces)
     recorder, rows = Recorder(), _Rows(ids=torch.tensor(ids), spans=spans, on_progress=on_progress)
-    with _evaluating(network), torch.inference_mode(), apply(network, [recorder, rows]):
+    with subject.evaluating(network), torch.inference_mode(), apply(network, [recorder, rows]):
         Reader(network).read(ids)
     recording = recorder.recording
     found = [rows.found[i] for i in recording.layers]
     mass = [_with_mean(layer.mass[0]) for layer in recording.layers.values()]
     return Inspection(
-        model=str(model) if isinstance(model, str | Path) else _name_of(network),
+        model=str(model) if isinstance(model, str | Path) else subject.name_of(network),
         source=source,
         tokens=pieces,
         cut=len(every) > len(ids),

@@ -1,8 +1,7 @@
 """`compare`: every method reads the same text on the same model, and is measured doing it."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,12 @@ from torch import nn
 from regard.errors import ArgumentError
 from regard.methods import parse
 from regard.sites import Method
-from regard.study import models
+from regard.study import subject
 from regard.study.defaults import default_methods
 from regard.study.experiment import Experiment
 from regard.study.machine import Machine
 from regard.study.progress import Progress
 from regard.study.records import Comparison, Settings
-from regard.tasks import english, read_text
 
 _LONGEST_QUESTION = 64  # tokens a passkey question with its answer may take after the context
 
@@ -76,12 +74,12 @@ def compare(
             raise ArgumentError(f"{argument} must be at least {least}, got {value}")
     started = time.perf_counter()
     chosen = _methods(methods, context)
-    source, content = _text(text)
-    network, tokenizer = _model(model, device, dtype)
+    source, content = subject.source(text)
+    network, tokenizer = subject.network(model, device, dtype)
     _check_length(network, context + max(continuation + generate - generate // 2, _LONGEST_QUESTION if passkeys else 0))
     weights = next(network.parameters())
     settings = Settings(
-        model=str(model) if isinstance(model, str | Path) else _name_of(network),
+        model=str(model) if isinstance(model, str | Path) else subject.name_of(network),
         parameters=sum(p.numel() for p in network.parameters()),
         text=source,
         context=context,
@@ -93,7 +91,7 @@ def compare(
         device=str(weights.device),
         dtype=str(weights.dtype).removeprefix("torch."),
     )
-    with _evaluating(network), torch.inference_mode():
+    with subject.evaluating(network), torch.inference_mode():
         results, clock = Experiment(network, tokenizer, content, settings, on_progress).run(chosen)
     return Comparison(
         settings=settings,
@@ -118,25 +116,6 @@ def _methods(methods: str | Sequence[str | Method] | None, context: int) -> list
     return chosen
 
 
-def _text(text: str | Path | None) -> tuple[str, str]:
-    """Where the text comes from, and the text."""
-    if text is None:
-        return "English prose from Python's manual (pydoc_data.topics)", english()
-    if isinstance(text, Path):
-        return str(text), read_text(text)
-    if not text.strip():
-        raise ArgumentError("text is empty")
-    return f"given text ({len(text):,} characters)", text
-
-
-def _model(model: Any, device: str | torch.device, dtype: str | torch.dtype) -> tuple[Any, Any]:
-    if isinstance(model, str | Path):
-        return models.load(model, device=device, dtype=dtype)
-    if isinstance(model, tuple) and len(model) == 2 and isinstance(model[0], nn.Module):
-        return model
-    raise ArgumentError(f"model must be a name, a path or (model, tokenizer), got {type(model).__name__}")
-
-
 def _check_length(model: Any, needed: int) -> None:
     config = model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
@@ -145,17 +124,3 @@ def _check_length(model: Any, needed: int) -> None:
             f"context and what follows it take {needed} tokens, but the model reads at most {limit}; "
             "use a shorter context"
         )
-
-
-def _name_of(model: Any) -> str:
-    return model.config.name_or_path or type(model).__name__
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
