@@ -9,6 +9,7 @@ from importlib import import_module, resources
 from types import MappingProxyType
 from typing import Any
 
+from regard.catalog.findings import FINDINGS
 from regard.errors import ArgumentError, Unsupported
 
 KINDS = ("mechanism", "mask", "model", "cache", "intervention", "probe", "task", "recipe", "parallel")
@@ -45,6 +46,7 @@ class System:
         object: what implements it, as "module:attribute"; present exactly when it works.
         parts: further classes of the same publication by name, such as the network around a mechanism.
         models: names of published configurations; one of the classes above has each in its ``sizes``.
+        finding: name of the finding that shows it, out of `regard.catalog.findings`.
     """
 
     slug: str
@@ -61,6 +63,7 @@ class System:
     object: str | None = None
     parts: Mapping[str, str] = field(default_factory=dict)
     models: tuple[str, ...] = ()
+    finding: str | None = None
 
     def __post_init__(self) -> None:
         for name, value, known in (("family", self.family, FAMILIES), ("status", self.status, STATUSES)):
@@ -68,6 +71,8 @@ class System:
                 raise ArgumentError(f"system {self.slug}: {name} is {value!r}, expected one of {', '.join(known)}")
         if unknown := set(self.kinds) - set(KINDS):
             raise ArgumentError(f"system {self.slug}: kinds {sorted(unknown)} are none of {', '.join(KINDS)}")
+        if self.finding is not None and self.finding not in FINDINGS:
+            raise ArgumentError(f"system {self.slug}: finding {self.finding!r} is none of {', '.join(FINDINGS)}")
         if self.works != (self.object is not None):
             raise ArgumentError(f"system {self.slug}: status {self.status!r} with object {self.object!r}")
 

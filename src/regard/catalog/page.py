@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from regard.catalog.findings import FINDINGS
 from regard.catalog.loader import System
 
 _USES = {
@@ -38,6 +39,13 @@ def page(system: System) -> str:
     parts += ["## What it computes", _description(found)]
     if any(hasattr(system.load(part), "example_grid") for part in (None, *system.parts)):
         parts += ["## What one position sees", f"![](pictures/{system.slug}.svg)", _PICTURE]
+    if system.finding is not None:
+        link = f"../studies/findings/{system.finding}"
+        parts += [
+            "## What it shows",
+            f"[![{FINDINGS[system.finding]}]({link}.svg)]({link}.md)",
+            FINDINGS[system.finding],
+        ]
     if facts := list(_facts(found)):
         parts += ["## Use and cost", "\n".join(f"- **{name}**: {value}" for name, value in facts)]
     if table := list(_arguments(found)):

@@ -1,20 +1,25 @@
-"""`regard study`: measurements that train."""
+"""`regard study`: measurements that train, and findings."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from regard.catalog.findings import FINDINGS
+
 if TYPE_CHECKING:
     from regard.study.cells import Cell, Report
+    from regard.study.finding import Finding
 
-study = typer.Typer(help="Train small models to compare mechanisms.", no_args_is_help=True)
+_HELP = "Train small models to compare mechanisms, or see what a publication claims beside what is measured here."
+
+study = typer.Typer(help=_HELP, no_args_is_help=True)
 
 
-@study.callback()
-def _study() -> None:
-    """Train small models to compare mechanisms."""
+@study.callback(help=_HELP)
+def _study() -> None: ...
 
 
 @study.command("sequence")
@@ -77,6 +82,53 @@ def vision(
     )
     table = vision_page.markdown(cells, settings, runner.TASKS)
     _write(out, table, vision_page.page(cells, settings, runner.TASKS), cells)
+
+
+def _finding(name: str, line: str) -> None:
+    """A command for one finding."""
+
+    def command(
+        seed: Annotated[int, typer.Option(min=0, help="Of whatever is drawn.")] = 0,
+        quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes; shows that it runs.")] = False,
+        out: Annotated[Path, typer.Option(help="Folder of NAME.json, NAME.md and NAME.svg.")] = Path("findings"),
+    ) -> None:
+        from regard.study import finding
+
+        with _bar() as on_progress:
+            found = finding.run(name, seed=seed, quick=quick, on_progress=on_progress)
+        _show(found)
+        print("\n".join(f"{path} written" for path in found.save(out)))
+
+    study.command(name, help=line, rich_help_panel="Findings")(command)
+
+
+for _name, _line in FINDINGS.items():
+    _finding(_name, _line)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("starting", total=None)
+        yield lambda what, done, total: progress.update(bar, description=what, completed=done, total=total)
+
+
+def _show(found: "Finding") -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=found.title, title_justify="left")
+    for column in ("quantity", "expected", "measured", "holds"):
+        table.add_column(column)
+    for claim in found.claims:
+        holds = {True: "[green]yes[/]", False: "[red]no[/]", None: ""}[claim.holds]
+        table.add_row(escape(claim.quantity), escape(claim.expected), escape(claim.measured), holds)
+    Console().print(table)
 
 
 def _names(given: str) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""Findings, one module each (see `regard.study.finding`); `regard.catalog.findings` names them."""
