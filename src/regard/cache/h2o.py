@@ -42,7 +42,7 @@ class HeavyHitterLayer(TrackedLayer):
 
     Attributes:
         scores: (B, Hk, K) attention received by each slot so far.
-        observations: (B or 1, Hk or 1, K) number of queries it could have come from; kept to normalise only.
+        observations: (B, Hk or 1, K) number of queries it could have come from; kept to normalise only.
     """
 
     def __init__(self, hh_size: int, recent_size: int, normalise: bool = False, raw_keys: bool = False) -> None:
@@ -84,11 +84,11 @@ class HeavyHitterLayer(TrackedLayer):
             self.observations = self.observations.expand(*index.shape[:2], -1).gather(-1, index)
 
     def _queries_after(self, num_queries: int) -> Tensor:
-        """(B or 1, Hk or 1, K): how many of the newest queries are real and see each slot."""
+        """(B, Hk or 1, K): how many of the newest queries are real and see each slot."""
         assert self.slots is not None
         valid = self.slots.valid
         if valid is None:
-            valid = torch.ones(1, 1, self.length, dtype=torch.bool, device=self.slots.positions.device)
+            valid = torch.ones_like(self.slots.positions[:, :1], dtype=torch.bool)
         queries = valid.clone()
         queries[..., : self.length - num_queries] = False
         return queries.flip(-1).cumsum(-1, dtype=torch.int32).flip(-1)

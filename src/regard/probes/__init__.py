@@ -8,6 +8,7 @@ from regard.probes.recording import LayerRecord, Recording
 from regard.probes.routing import routing_entropy, routing_fluctuation
 from regard.probes.saliency import backprop_saliency, gradcam, gradient, linear_approx, normgrad
 from regard.probes.sensitivity import class_sensitivity, meta_saliency
+from regard.probes.sinks import recorded_averages, recorded_sinks
 
 __all__ = [
     "LayerRecord",
@@ -25,6 +26,8 @@ __all__ = [
     "normgrad",
     "reach",
     "record",
+    "recorded_averages",
+    "recorded_sinks",
     "routing_entropy",
     "routing_fluctuation",
 ]
