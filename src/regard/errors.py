@@ -8,6 +8,8 @@ _EXTRA_OF = {
     "gguf": "hf",
     "diffusers": "diffusion",
     "timm": "vision",
+    "captum": "attribution",
+    "zennit": "attribution",
     "plotly": "report",
     "jinja2": "report",
     "psutil": "demo",

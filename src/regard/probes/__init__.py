@@ -1,10 +1,12 @@
 """Methods that only watch: where a model looks, without the matrix of weights."""
 
+from regard.probes.context_saliency import context_aware_saliency, salient_relevance
 from regard.probes.indicators import attention_indicators
 from regard.probes.pattern import Pattern, PatternProbe
 from regard.probes.reach import reach
 from regard.probes.recorder import Recorder, record
 from regard.probes.recording import LayerRecord, Recording
+from regard.probes.relevance import lrp
 from regard.probes.routing import routing_entropy, routing_fluctuation
 from regard.probes.saliency import backprop_saliency, gradcam, gradient, linear_approx, normgrad
 from regard.probes.sensitivity import class_sensitivity, meta_saliency
@@ -19,9 +21,11 @@ __all__ = [
     "attention_indicators",
     "backprop_saliency",
     "class_sensitivity",
+    "context_aware_saliency",
     "gradcam",
     "gradient",
     "linear_approx",
+    "lrp",
     "meta_saliency",
     "normgrad",
     "reach",
@@ -30,4 +34,5 @@ __all__ = [
     "recorded_sinks",
     "routing_entropy",
     "routing_fluctuation",
+    "salient_relevance",
 ]
