@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regard.cli.compare import _check_writable
+from regard.errors import require
 
 
 def inspect(
@@ -42,6 +43,7 @@ def inspect(
       regard inspect --model ./my-model --text letter.txt --report letter.html --device cuda
     """
     _check_writable(None, report)
+    require("plotly", "write reports")
     from regard.study.inspect import inspect as run  # torch and transformers: not for `regard list`
 
     with _progress() as on_progress:
