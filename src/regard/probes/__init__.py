@@ -1,7 +1,25 @@
 """Methods that only watch: where a model looks, without the matrix of weights."""
 
 from regard.probes.context_saliency import context_aware_saliency, salient_relevance
+from regard.probes.explanation import (
+    Deletion,
+    aggregate_cross_attention,
+    auc,
+    deletion_curve,
+    explanation_correlation,
+    pool_saliency,
+)
 from regard.probes.indicators import attention_indicators
+from regard.probes.occlusion import (
+    frame_masks,
+    grid_segments,
+    hide,
+    kl_scorer,
+    occlusion_saliency,
+    slic_masks,
+    slic_segments,
+    standardise_token_maps,
+)
 from regard.probes.pattern import Pattern, PatternProbe
 from regard.probes.reach import reach
 from regard.probes.recorder import Recorder, record
@@ -14,6 +32,7 @@ from regard.probes.sensitivity import class_sensitivity, meta_saliency
 from regard.probes.sinks import recorded_averages, recorded_sinks
 
 __all__ = [
+    "Deletion",
     "HeadScores",
     "LayerRecord",
     "Pattern",
@@ -22,18 +41,28 @@ __all__ = [
     "Recording",
     "RetrievalScore",
     "TopKeys",
+    "aggregate_cross_attention",
     "attention_indicators",
+    "auc",
     "backprop_saliency",
     "class_sensitivity",
     "context_aware_saliency",
+    "deletion_curve",
     "detect_retrieval_heads",
+    "explanation_correlation",
     "find_needle",
+    "frame_masks",
     "gradcam",
     "gradient",
+    "grid_segments",
+    "hide",
+    "kl_scorer",
     "linear_approx",
     "lrp",
     "meta_saliency",
     "normgrad",
+    "occlusion_saliency",
+    "pool_saliency",
     "reach",
     "record",
     "recorded_averages",
@@ -41,4 +70,7 @@ __all__ = [
     "routing_entropy",
     "routing_fluctuation",
     "salient_relevance",
+    "slic_masks",
+    "slic_segments",
+    "standardise_token_maps",
 ]

@@ -4,14 +4,13 @@ from collections import OrderedDict
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self
 
-import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.errors import ArgumentError, ShapeError
 from regard.layers import load_strictly
-from regard.models.multimodal.gcog_layers import Attention, Block, Positions, own_weights
+from regard.models.multimodal.gcog_layers import Attention, Block, Positions, Tokens, own_weights
 
 Pad = Literal["ignore", "right"]
 _ARGUMENTS = {
@@ -38,16 +37,18 @@ class RuleReader(nn.Module, PyTorchModelHubMixin):
         rule_dim, stim_dim: of the inputs.
         pad: "ignore" (rows of zeros in the rule are padding: unseen, uncounted, never the last token) or "right" (as
             published: they are tokens, and the last of them is read).
+        skip_empty: leave out the scene's rows of zeros, its empty cells, which carry nothing but that they are empty;
+            the others keep their positions. As published they are tokens, most of 101.
     """
 
     #: weights and arguments that the published class has and never uses
     unused: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, width: int, num_classes: int, rule_dim: int, stim_dim: int, pad: Pad):
+    def __init__(self, width: int, num_classes: int, rule_dim: int, stim_dim: int, pad: Pad, skip_empty: bool):
         super().__init__()
         if pad not in ("ignore", "right"):
             raise ArgumentError(f"pad: expected 'ignore' or 'right', got {pad!r}")
-        self.rule_dim, self.stim_dim, self.pad = rule_dim, stim_dim, pad
+        self.rule_dim, self.stim_dim, self.pad, self.skip_empty = rule_dim, stim_dim, pad, skip_empty
         self.head = nn.Linear(width, num_classes)
 
     def forward(self, rule: Tensor, stim: Tensor) -> Tensor:
@@ -65,9 +66,10 @@ class RuleReader(nn.Module, PyTorchModelHubMixin):
         if self.pad == "ignore" and not bool(valid.any(1).all()):
             raise ArgumentError("rule: expected at least one row that is not zeros (padding) in each")
         ignored = self.pad == "ignore" and not bool(valid.all())
-        return F.log_softmax(self.head(self.read(rule, stim, valid if ignored else None)), -1)
+        scene = Tokens.nonzero(stim) if self.skip_empty else Tokens.of(stim)
+        return F.log_softmax(self.head(self.read(Tokens.of(rule, valid if ignored else None), scene)), -1)
 
-    def read(self, rule: Tensor, stim: Tensor, valid: Tensor | None) -> Tensor:
+    def read(self, rule: Tokens, stim: Tokens) -> Tensor:
         """What the classifier gets, (B, hidden_dim)."""
         raise NotImplementedError
 
@@ -85,14 +87,6 @@ class RuleReader(nn.Module, PyTorchModelHubMixin):
         weights = own_weights(state_dict)
         load_strictly(model, {k: v for k, v in weights.items() if k.partition(".")[0] not in cls.unused})
         return model.eval()
-
-
-def last(x: Tensor, valid: Tensor | None) -> Tensor:
-    """The last token that counts, (B, C)."""
-    if valid is None:
-        return x[:, -1]
-    at = (valid * torch.arange(1, x.shape[1] + 1, device=x.device)).argmax(1)
-    return x[torch.arange(len(x), device=x.device), at]
 
 
 class SingleStream(RuleReader):
@@ -125,8 +119,9 @@ class SingleStream(RuleReader):
         positions: Positions = "absolute",
         dropout: float = 0.0,
         pad: Pad = "ignore",
+        skip_empty: bool = False,
     ):
-        super().__init__(dim, num_classes, rule_dim, stim_dim, pad)
+        super().__init__(dim, num_classes, rule_dim, stim_dim, pad, skip_empty)
         if num_blocks < 1:
             raise ArgumentError(f"num_blocks: expected at least 1, got {num_blocks}")
         length = max_rule_length + max_stim_length
@@ -135,13 +130,13 @@ class SingleStream(RuleReader):
             Block(None, dim, num_heads, length, 4 * dim, nn.GELU, positions, dropout) for _ in range(num_blocks)
         )
 
-    def read(self, rule: Tensor, stim: Tensor, valid: Tensor | None) -> Tensor:
-        x = self.embed(torch.cat([F.pad(rule, (0, self.stim_dim)), F.pad(stim, (self.rule_dim, 0))], 1))
-        if valid is not None:
-            valid = torch.cat([valid, valid.new_ones(stim.shape[:2])], 1)
+    def read(self, rule: Tokens, stim: Tokens) -> Tensor:
+        rule = rule._replace(x=F.pad(rule.x, (0, self.stim_dim)))
+        tokens = rule.followed_by(stim._replace(x=F.pad(stim.x, (self.rule_dim, 0))))
+        tokens = tokens._replace(x=self.embed(tokens.x))
         for block in self.blocks:
-            x = block(x, valid)
-        return x[:, -1]
+            tokens = block(tokens)
+        return tokens.last
 
 
 class TwoStreams(RuleReader):
@@ -169,8 +164,9 @@ class TwoStreams(RuleReader):
         positions: Positions = "absolute",
         dropout: float = 0.0,
         pad: Pad = "ignore",
+        skip_empty: bool = False,
     ):
-        super().__init__(hidden_dim, num_classes, rule_dim, stim_dim, pad)
+        super().__init__(hidden_dim, num_classes, rule_dim, stim_dim, pad, skip_empty)
         self.rule_block = Block(rule_dim, dim, num_heads, max_rule_length, dim, positions=positions, dropout=dropout)
         self.stim_block = Block(stim_dim, dim, num_heads, max_stim_length, dim, dropout=dropout)
         self.build(dim, num_heads, hidden_dim, dropout)
@@ -194,8 +190,8 @@ class DoubleStream(TwoStreams):
         self.fnn = nn.Sequential(*(layer for pair in layers for layer in pair))
         self.dropout = nn.Dropout(dropout)
 
-    def read(self, rule: Tensor, stim: Tensor, valid: Tensor | None) -> Tensor:
-        r, s = last(self.rule_block(rule, valid), valid), self.stim_block(stim)[:, -1]
+    def read(self, rule: Tokens, stim: Tokens) -> Tensor:
+        r, s = self.rule_block(rule).last, self.stim_block(stim).last
         x = self.dropout(self.norm(F.relu(self.rule_proj(r)) + F.relu(self.stim_proj(s))))
         return self.dropout(self.out_norm(self.fnn(x)))
 
@@ -212,9 +208,9 @@ class RuleQueriesStimulus(TwoStreams):
         layers = {"fc1": nn.Linear(dim, hidden_dim), "act1": nn.ReLU(), "fc2": nn.Linear(hidden_dim, hidden_dim)}
         self.mlp = nn.Sequential(OrderedDict(layers | {"act2": nn.ReLU()}))
 
-    def read(self, rule: Tensor, stim: Tensor, valid: Tensor | None) -> Tensor:
-        r = last(self.rule_block(rule, valid), valid)[:, None]
-        x = self.cross_norm(self.cross(r, self.stim_block(stim))) + r
+    def read(self, rule: Tokens, stim: Tokens) -> Tensor:
+        r, s = self.rule_block(rule).last[:, None], self.stim_block(stim)
+        x = self.cross_norm(self.cross(r, s.x, s.valid)) + r
         return self.mlp_norm(self.mlp(x))[:, 0]
 
 
@@ -231,10 +227,11 @@ class LatentCrossAttention(TwoStreams):
         self.stim_cross = Attention(hidden_dim, dim, num_heads, dropout)
         self.cross_norm = nn.LayerNorm(hidden_dim)
 
-    def read(self, rule: Tensor, stim: Tensor, valid: Tensor | None) -> Tensor:
-        z = rule.new_zeros(len(rule), 1, self.head.in_features)
-        z = self.cross_norm(self.rule_cross(z, self.rule_block(rule, valid), valid) + z)
-        return self.cross_norm(self.stim_cross(z, self.stim_block(stim)) + z)[:, 0]
+    def read(self, rule: Tokens, stim: Tokens) -> Tensor:
+        r, s = self.rule_block(rule), self.stim_block(stim)
+        z = r.x.new_zeros(len(r.x), 1, self.head.in_features)
+        z = self.cross_norm(self.rule_cross(z, r.x, r.valid) + z)
+        return self.cross_norm(self.stim_cross(z, s.x, s.valid) + z)[:, 0]
 
 
 class PerceiverReader(TwoStreams):
@@ -255,11 +252,12 @@ class PerceiverReader(TwoStreams):
         self.rule_norm, self.stim_norm, self.latent_norm = (nn.LayerNorm(hidden_dim) for _ in range(3))
         self.rule_proj, self.stim_proj, self.latent_proj = (nn.Linear(hidden_dim, hidden_dim) for _ in range(3))
 
-    def read(self, rule: Tensor, stim: Tensor, valid: Tensor | None) -> Tensor:
-        z = rule.new_zeros(len(rule), self.num_latents, self.head.in_features)
-        c = self.rule_norm(self.rule_cross(z, self.rule_block(rule, valid), valid))
+    def read(self, rule: Tokens, stim: Tokens) -> Tensor:
+        r, s = self.rule_block(rule), self.stim_block(stim)
+        z = r.x.new_zeros(len(r.x), self.num_latents, self.head.in_features)
+        c = self.rule_norm(self.rule_cross(z, r.x, r.valid))
         z = self._together(z, c + F.relu(self.rule_proj(c)))
-        c = self.stim_norm(self.stim_cross(z, self.stim_block(stim)))
+        c = self.stim_norm(self.stim_cross(z, s.x, s.valid))
         z = self._together(z, c + F.relu(self.stim_proj(c)))
         return F.relu(self.latent_proj(z))[:, -1]
 

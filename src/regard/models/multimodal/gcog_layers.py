@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,48 @@ from regard.masks import Mask, causal
 from regard.mechanisms.base import visible
 
 Positions = Literal["absolute", "relative"]
+
+
+class Tokens(NamedTuple):
+    """x (B, N, C), their positions (B, N), and which are no padding (B, N), None for all."""
+
+    x: Tensor
+    positions: Tensor
+    valid: Tensor | None
+
+    @classmethod
+    def of(cls, x: Tensor, valid: Tensor | None = None) -> "Tokens":
+        """Positions are counted along those that are no padding."""
+        counted = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if valid is None else valid.long()
+        return cls(x, (counted.cumsum(1) - 1).clamp(min=0), valid)
+
+    @classmethod
+    def nonzero(cls, x: Tensor) -> "Tokens":
+        """The rows that are not all zeros, at the positions they have; shorter examples are filled up at the end."""
+        valid = x.ne(0).any(-1)
+        count = valid.sum(1)
+        order = valid.sort(stable=True, dim=1, descending=True).indices[:, : max(1, int(count.max()))]
+        kept = x.gather(1, order[..., None].expand(-1, -1, x.shape[-1]))
+        padding = torch.arange(order.shape[1], device=x.device) >= count[:, None]
+        return cls(kept, order, ~padding if bool(padding.any()) else None)
+
+    def followed_by(self, other: "Tokens") -> "Tokens":
+        """One sequence; positions of the other are counted on from these."""
+        length = self.positions.amax(1, keepdim=True) + 1
+        marks = [t.x.new_ones(t.x.shape[:2], dtype=torch.bool) if t.valid is None else t.valid for t in (self, other)]
+        return Tokens(
+            torch.cat([self.x, other.x], 1),
+            torch.cat([self.positions, other.positions + length], 1),
+            None if self.valid is None and other.valid is None else torch.cat(marks, 1),
+        )
+
+    @property
+    def last(self) -> Tensor:
+        """The last one that is no padding, (B, C)."""
+        if self.valid is None:
+            return self.x[:, -1]
+        at = (self.valid * torch.arange(1, self.x.shape[1] + 1, device=self.x.device)).argmax(1)
+        return self.x[torch.arange(len(self.x), device=self.x.device), at]
 
 
 class Attention(nn.Module):
@@ -100,12 +142,11 @@ class Block(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.mlp, self.act = MLP(dim, hidden_dim, act=act), act()
 
-    def forward(self, x: Tensor, valid: Tensor | None = None) -> Tensor:
-        """(B, N, in_dim) to (B, N, dim); ``valid`` (B, N) marks tokens that count, positions are counted along them."""
-        if x.shape[1] > self.max_length:
-            raise ShapeError(f"tokens: expected at most {self.max_length}, got {x.shape[1]}")
-        counted = torch.ones(x.shape[:2], dtype=torch.long, device=x.device) if valid is None else valid.long()
-        positions = (counted.cumsum(1) - 1).clamp(min=0)
+    def forward(self, tokens: Tokens) -> Tokens:
+        """Those of width ``in_dim`` to as many of width ``dim``."""
+        x, positions, valid = tokens
+        if positions.max() >= self.max_length:
+            raise ShapeError(f"tokens: expected at most {self.max_length}, got {int(positions.max()) + 1}")
         x = self.embed(x)
         if isinstance(self.attn, RelativeAttention):
             mixed = self.attn(x, positions, valid)
@@ -113,7 +154,7 @@ class Block(nn.Module):
             x = self.dropout(x + self.table[positions])
             mixed = self.attn(x, x, valid)
         a = self.norm1(mixed + x)
-        return self.norm2(self.act(self.mlp(a)) + a)
+        return tokens._replace(x=self.norm2(self.act(self.mlp(a)) + a))
 
 
 def sinusoids(length: int, dim: int) -> Tensor:
