@@ -26,6 +26,16 @@ from regard.probes.recorder import Recorder, record
 from regard.probes.recording import LayerRecord, Recording
 from regard.probes.relevance import lrp
 from regard.probes.retrieval_heads import HeadScores, RetrievalScore, TopKeys, detect_retrieval_heads, find_needle
+from regard.probes.rhythm import (
+    Rhythm,
+    attention_span,
+    fai,
+    record_rhythm,
+    rhythm_credit,
+    split_heads,
+    token_entropy,
+    waad,
+)
 from regard.probes.routing import routing_entropy, routing_fluctuation
 from regard.probes.saliency import backprop_saliency, gradcam, gradient, linear_approx, normgrad
 from regard.probes.sensitivity import class_sensitivity, meta_saliency
@@ -40,9 +50,11 @@ __all__ = [
     "Recorder",
     "Recording",
     "RetrievalScore",
+    "Rhythm",
     "TopKeys",
     "aggregate_cross_attention",
     "attention_indicators",
+    "attention_span",
     "auc",
     "backprop_saliency",
     "class_sensitivity",
@@ -50,6 +62,7 @@ __all__ = [
     "deletion_curve",
     "detect_retrieval_heads",
     "explanation_correlation",
+    "fai",
     "find_needle",
     "frame_masks",
     "gradcam",
@@ -65,12 +78,17 @@ __all__ = [
     "pool_saliency",
     "reach",
     "record",
+    "record_rhythm",
     "recorded_averages",
     "recorded_sinks",
+    "rhythm_credit",
     "routing_entropy",
     "routing_fluctuation",
     "salient_relevance",
     "slic_masks",
     "slic_segments",
+    "split_heads",
     "standardise_token_maps",
+    "token_entropy",
+    "waad",
 ]

@@ -1,5 +1,6 @@
 """What a language model is tested on, and how an answer is scored."""
 
+from regard.tasks.grpo import group_advantages, grpo_loss
 from regard.tasks.metrics import agreement, negative_log_likelihood, perplexity
 from regard.tasks.needle import Needle, NeedleRun, needle_in_haystack, needle_run
 from regard.tasks.passkey import Passkey, PasskeyTask, passkey_task
@@ -13,6 +14,8 @@ __all__ = [
     "PasskeyTask",
     "agreement",
     "english",
+    "group_advantages",
+    "grpo_loss",
     "needle_in_haystack",
     "needle_run",
     "negative_log_likelihood",
