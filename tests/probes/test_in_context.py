@@ -1,4 +1,4 @@
-"""What heads of in-context regression compute, read off weights made by hand and weights that were trained."""
+"""What heads of in-context regression compute, read off weights made by hand."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from regard.errors import ArgumentError, ShapeError
 from regard.mechanisms.heads.in_context import InContextAttention
 from regard.probes.in_context import circuit_statistics, extract_circuits
 from regard.tasks.in_context import LinearRegressionTask, softmax_kernel
-from regard.tasks.in_context_study import compare_predictors, in_context_study, train_in_context
 
 
 def by_hand(d: int, omega: torch.Tensor, mu: torch.Tensor) -> InContextAttention:
@@ -48,48 +47,6 @@ def test_every_entry_is_where_it_belongs() -> None:
     assert found.omega_variance.item() == pytest.approx(2 / 3)
     assert found.other_kq.item() == 2.5  # the row of the label meets zeros only
     assert (found.mu.item(), found.other_ov.item()) == (3, 7)
-
-
-def test_two_heads_of_opposite_sign_beat_one() -> None:
-    """From uneven heads, whose step is too small and whose μ do not sum to zero; training sets both right.
-
-    From default weights two heads take some 3000 steps to part; `in_context_study` does that in 15 s on a free core:
-    errors 0.309 and 0.139, ω ±0.189, μ 2.358 and -2.337.
-    """
-    task, errors, longer = LinearRegressionTask(), {}, {}
-    for heads in (1, 2):
-        model = by_hand(5, torch.tensor([0.6, -0.4])[:heads], torch.tensor([0.9, -0.4])[:heads])
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-        before = circuit_statistics(*extract_circuits(model), 5)
-        for _ in train_in_context(model, task, 300 * heads, 64, 1e-2):
-            pass
-        found = compare_predictors(model, LinearRegressionTask(clean_query=True))
-        errors[heads] = found.errors["model"]
-        longer[heads] = compare_predictors(model, LinearRegressionTask(length=160, clean_query=True)).errors["model"]
-        assert found.errors["its kernel"] == pytest.approx(errors[heads], rel=0.15)
-        assert errors[heads] > found.errors["Bayes"]
-    assert before.mu_sum > 0.2 * before.mu.abs().max()
-    assert errors[2] < 0.6 * errors[1]
-    assert longer[2] < 0.6 * longer[1]
-    assert longer[2] < errors[2]
-    statistics = found.statistics
-    assert statistics.omega[0] * statistics.omega[1] < 0
-    assert (statistics.mu * statistics.omega > 0).all()
-    assert statistics.mu_sum < 0.05 * statistics.mu.abs().max()
-    assert found.step == pytest.approx(found.best_step, rel=0.15)
-
-
-def test_the_study_prints_theory_beside_measurement() -> None:
-    model, found = in_context_study(2, LinearRegressionTask(3, 12), steps=2)
-    assert model.d_model == 4
-    text = str(found)
-    assert f"{'step':<14}{found.step:>9.3f}{found.best_step:>9.3f}" in text
-    for name, error in found.errors.items():
-        assert f"{name:<14}{error:.4f}" in text
-    assert len(text.splitlines()) == len(found.errors) + 1 + 4 + 2 + 2
 
 
 def test_refusals() -> None:

@@ -1,4 +1,7 @@
 """The findings by name: `regard study NAME` makes each (see `regard.study.finding`)."""
 
 #: name -> what it shows, in a line; the module in `regard.study.findings` has underscores for its hyphens
-FINDINGS: dict[str, str] = {}
+FINDINGS: dict[str, str] = {
+    "in-context": "Which predictor the heads of in-context regression become",
+    "random-features": "What one attention layer of random features learns, and from how many samples",
+}

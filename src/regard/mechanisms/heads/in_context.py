@@ -63,7 +63,7 @@ class InContextAttention(nn.Module):
 
     One layer is `HeadsOfFullWidth`, in which the query is no key: with tokens [x; y] and a query [x_q; 0] it is as much
     as in-context regression needs. `regard.tasks.in_context` has the task and the predictors of the theory,
-    `regard.probes.in_context` reads the heads, and `regard.tasks.in_context_study` prints both side by side.
+    `regard.probes.in_context` reads the heads, and ``regard study in-context`` trains it and puts both side by side.
 
     More layers are a causal stack over the examples and the query after them, each as wide as E, and a linear layer on
     the query's output.
