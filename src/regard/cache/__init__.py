@@ -4,6 +4,7 @@ from regard.cache.grouped import GroupedLayer, LayerGroup, MergedPair, SharedBas
 from regard.cache.h2o import HeavyHitterLayer, HeavyHitterMask, accumulate, heavy_hitters
 from regard.cache.layer import Slots, TrackedLayer
 from regard.cache.size import nbytes
+from regard.cache.spans import SpanLayer
 from regard.cache.streaming_llm import SinkLayer, evict, evict_for_space, evict_range
 from regard.cache.xkv import cross_layer_svd, group_layers, minicache_merge, subspace_overlap
 
@@ -16,6 +17,7 @@ __all__ = [
     "SharedBasis",
     "SinkLayer",
     "Slots",
+    "SpanLayer",
     "TrackedLayer",
     "accumulate",
     "cross_layer_svd",

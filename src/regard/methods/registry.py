@@ -18,6 +18,7 @@ _METHODS = {
     "power-attention": "regard.methods.language.power_attention:PowerAttention",
     "longheads": "regard.methods.language.longheads:LongHeads",
     "dhsa": "regard.methods.language.dhsa:DHSA",
+    "moa": "regard.methods.language.moa:MoA",
     "mask-heads": "regard.methods.language.mask_heads:MaskHeads",
     "act": "regard.methods.language.act:ACT",
 }
