@@ -37,7 +37,8 @@ class ACT(CachePolicy):
     end of its piece. A column average counts every later query of the text, also where another method hides the key.
 
     Args:
-        only_heads: by layer, the heads to calibrate, as `search_heads` finds them; None takes every head of `layers`.
+        only_heads: by layer, the heads to calibrate, as `search_heads` finds them; None takes every head of `layers`, an
+            empty mapping none.
         beta: share of their weight that sinks keep.
         threshold: what makes a sink: a mean weight, or ``"5/N"`` for five times the uniform weight (the paper's form).
         protect_first: leave each head's first sink alone.
@@ -64,7 +65,8 @@ class ACT(CachePolicy):
             if heads and by_index[layer].window is not None:
                 raise Unsupported(f"{self.name} needs full context, and layer {layer} slides a window of its own")
             check_heads(heads, num_heads(by_index[layer]), f"only_heads of layer {layer}")
-        super().prepare(model, sites)
+        if self.only_heads is None or any(self.only_heads.values()):
+            super().prepare(model, sites)
 
     def new_layers(self, sites: list[Site]) -> list[TrackedLayer]:
         return [HeavyHitterLayer(0, 1, normalise=True) for _ in sites]  # never told to evict: it only counts
