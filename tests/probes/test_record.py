@@ -43,7 +43,7 @@ def test_equals_eager_attention(name) -> None:
     with torch.no_grad():
         expected = model(ids, output_attentions=True).attentions
     spans = {"middle": range(10, 20), "odd": [1, 3, 5]}
-    found = regard.record(model, ids, spans=spans, queries=[-1, 4])
+    found = regard.record(model, ids, tokens=spans, queries=[-1, 4])
     assert sorted(found.layers) == [0, 1, 2]
     assert (found.spans, found.queries, found.length) == (("first", "middle", "odd"), (4, 32), 33)
     for i, layer in found.layers.items():
@@ -91,7 +91,7 @@ def test_layers_and_heads_are_chosen() -> None:
 
 
 def test_a_recording_is_saved_and_loaded(tmp_path) -> None:
-    found = regard.record(tiny("llama"), tokens(2, 9), spans={"all": range(9)}, queries=[2])
+    found = regard.record(tiny("llama"), tokens(2, 9), tokens={"all": range(9)}, queries=[2])
     found.save(tmp_path / "new" / "one")
     loaded = Recording.load(tmp_path / "new" / "one")
     assert (loaded.spans, loaded.queries, loaded.heads) == (found.spans, found.queries, found.heads)
@@ -102,7 +102,7 @@ def test_a_recording_is_saved_and_loaded(tmp_path) -> None:
 
 
 def test_summaries() -> None:
-    found = regard.record(tiny("llama"), tokens(1, 16), spans={"all": range(16)})
+    found = regard.record(tiny("llama"), tokens(1, 16), tokens={"all": range(16)})
     for i in found.layers:
         torch.testing.assert_close(found.span("all")[i], torch.ones(1, 4))
         assert (found.span("first")[i] > 1 / 16).all()  # every query sees it
@@ -125,12 +125,12 @@ def test_bad_arguments_and_models_are_named() -> None:
         regard.record(model, ids, layers=[3])
     with pytest.raises(ArgumentError, match=r"heads: expected some of 0\.\.3"):
         regard.record(model, ids, heads=[4])
-    with pytest.raises(ArgumentError, match="queries: their weights need 480 bytes"):
+    with pytest.raises(ArgumentError, match="queries: the weights asked for need 480 bytes"):
         regard.record(model, ids, queries=[1], max_bytes=100)
-    with pytest.raises(ArgumentError, match="queries: the prompt has 10 tokens"):
+    with pytest.raises(ArgumentError, match="queries: the input has 10 tokens"):
         regard.record(model, ids, queries=[-11])
-    with pytest.raises(ArgumentError, match="spans: 'x' has positions below 0"):
-        regard.record(model, ids, spans={"x": [-1]})
+    with pytest.raises(ArgumentError, match="tokens: 'x' has positions below 0"):
+        regard.record(model, ids, tokens={"x": [-1]})
     with pytest.raises(ArgumentError, match="nothing was recorded"):
         _ = Recorder().recording
     with pytest.raises(Unsupported, match="keys were dropped"):

@@ -9,7 +9,8 @@ import torch
 import regard
 from regard import masks
 from regard.errors import ArgumentError, Unsupported
-from regard.sites import Call, Method, find_sites, session
+from regard.sites import Call, Method, find_sites
+from regard.sites.stages import Stages
 from tests.tiny_models import NAMES, tiny
 
 ALL = [*NAMES, "mistral-sliding"]
@@ -277,7 +278,7 @@ def test_weights_exist_only_for_methods_that_ask(monkeypatch):
     def refuse(*_):
         raise AssertionError("weights were materialised")
 
-    monkeypatch.setattr(session, "_materialised", refuse)
+    monkeypatch.setattr(Stages, "_materialised", refuse)
     with regard.apply(model, [Watch(), Window(size=4)]):
         logits(model, ids)
 

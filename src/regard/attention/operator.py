@@ -6,9 +6,10 @@ from typing import Literal, overload
 from torch import Tensor
 
 from regard.attention import blocks, flex, reference, sdpa
+from regard.attention.intercept import STACK
 from regard.attention.partial import Partial
 from regard.attention.problem import Problem, bias_as_channels, checked
-from regard.errors import ArgumentError
+from regard.errors import ArgumentError, Unsupported
 from regard.masks import Mask
 
 BACKENDS = ("auto", "reference", "sdpa", "flex", "blocks")
@@ -95,6 +96,10 @@ def attention(
     p = checked(query, key, value, mask, bias, scale)
     if backend not in BACKENDS:
         raise ArgumentError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if STACK and (attend := STACK[-1]) is not None:
+        if return_lse:
+            raise Unsupported("inside regard.apply: a mechanism that composes several attentions has no single one")
+        return attend(query, key, value, p.mask, bias, p.scale)
     if backend == "auto":
         p = bias_as_channels(p)
         backend = _choose(p, return_lse).backend

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from regard.attention.problem import Problem, checked
-from regard.errors import ArgumentError
+from regard.errors import ArgumentError, ShapeError
 from regard.masks import Mask
 
 _CHUNK_WEIGHTS = 2**21  # weights held at once: 8 MB in float32
@@ -24,6 +24,7 @@ class Statistics:
         distance: (B, H, bins), the weight that falls on keys as far away as `distance_edges` says, summed over queries.
         spans: (B, H, N, S), the weight on the keys of each span.
         rows: (B, H, R, M), the weights of the chosen queries.
+        top_keys, top_weights: (B, H, T, K), the keys with the largest weights of other chosen queries, largest first.
     """
 
     mass: Tensor
@@ -32,6 +33,8 @@ class Statistics:
     distance: Tensor
     spans: Tensor
     rows: Tensor
+    top_keys: Tensor
+    top_weights: Tensor
 
 
 def distance_edges(length: int) -> tuple[int, ...]:
@@ -51,6 +54,9 @@ def statistics(
     scale: float | None = None,
     spans: Tensor | None = None,
     rows: Sequence[int] = (),
+    top: Sequence[int] = (),
+    top_k: int = 8,
+    places: Tensor | None = None,
     valid: Tensor | None = None,
     heads: Sequence[int] | None = None,
 ) -> Statistics:
@@ -62,6 +68,10 @@ def statistics(
         mask, bias, scale: as in `regard.attention`.
         spans: (B or 1, H or 1, M, S) bool, which keys belong to each span; none by default.
         rows: queries whose weights are kept.
+        top, top_k: queries of which the keys with the largest weights are kept, and how many of them.
+        places: (M, d) integers, where each token lies, such as its row and column in a picture; distance is the largest
+            difference along any axis. Negative for a token that lies nowhere, whose distances do not count. By default
+            tokens lie in a row.
         valid: (B, N) bool, False for queries that do not count (padding): their statistics are 0.
         heads: query heads to look at, in this order; then H is their number. All by default.
 
@@ -76,9 +86,13 @@ def statistics(
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(p.batch, len(chosen), *shape, device=p.device)
 
-    positions = torch.arange(p.m, device=p.device)
-    edges = torch.tensor(distance_edges(p.m), device=p.device)
-    bins, count = len(edges) - 1, 0 if spans is None else spans.shape[-1]
+    if places is None:
+        places = torch.arange(p.m)[:, None]
+    elif places.ndim != 2 or places.shape[0] != p.m:
+        raise ShapeError(f"places: expected ({p.m}, d), got {tuple(places.shape)}")
+    places = places.to(p.device)
+    edges = torch.tensor(distance_edges(max(1, int(places.max()) + 1)), device=p.device)
+    bins, count, kept = len(edges) - 1, 0 if spans is None else spans.shape[-1], min(top_k, p.m)
     found = Statistics(
         mass=zeros(p.m),
         entropy=zeros(p.n),
@@ -86,22 +100,38 @@ def statistics(
         distance=zeros(bins),
         spans=zeros(p.n, count),
         rows=zeros(len(rows), p.m),
+        top_keys=zeros(len(top), kept).long(),
+        top_weights=zeros(len(top), kept),
     )
-    wanted = torch.as_tensor(list(rows), dtype=torch.long)
+    at_rows, at_top = (torch.as_tensor(list(queries), dtype=torch.long) for queries in (rows, top))
     for part, w in _weights(p, chosen, valid):
         keys = slice(0, w.shape[-1])
         found.mass[..., keys] += w.sum(2)
         found.entropy[:, :, part] = torch.special.entr(w).sum(-1)
         found.peak[:, :, part] = w.amax(-1)
-        gap = (positions[p.m - p.n :][part, None] - positions[keys]).abs()
-        bin_of = (torch.bucketize(gap, edges, right=True) - 1).clamp(0, bins - 1).expand(w.shape)
-        found.distance += zeros(bins).scatter_add_(-1, bin_of.flatten(2), w.flatten(2))
+        found.distance += w.flatten(2) @ _bins(places[p.m - p.n :][part], places[keys], edges)
         if spans is not None:
             found.spans[:, :, part] = w @ spans[..., keys, :].to(w.dtype)
-        inside = ((wanted >= part.start) & (wanted < part.stop)).nonzero()[:, 0]
-        if len(inside):
-            found.rows[:, :, inside, keys] = w[:, :, wanted[inside] - part.start]
+        inside = _inside(at_rows, part)
+        found.rows[:, :, inside, keys] = w[:, :, at_rows[inside] - part.start]
+        if len(inside := _inside(at_top, part)):
+            best = w[:, :, at_top[inside] - part.start].topk(min(kept, w.shape[-1]))
+            found.top_keys[:, :, inside, : best.indices.shape[-1]] = best.indices
+            found.top_weights[:, :, inside, : best.indices.shape[-1]] = best.values
     return found
+
+
+def _inside(queries: Tensor, part: slice) -> Tensor:
+    """Which of the queries are in that part."""
+    return ((queries >= part.start) & (queries < part.stop)).nonzero()[:, 0]
+
+
+def _bins(of: Tensor, to: Tensor, edges: Tensor) -> Tensor:
+    """(n·m, bins) floats: which bin the distance of each pair falls into, none where one of the two lies nowhere."""
+    gap = (of[:, None] - to).abs().amax(-1)
+    bin_of = torch.bucketize(gap, edges, right=True) - 1
+    bin_of = bin_of.masked_fill((of.amin(-1) < 0)[:, None] | (to.amin(-1) < 0), -1)
+    return (bin_of.reshape(-1, 1) == torch.arange(len(edges) - 1, device=of.device)).float()
 
 
 def _weights(p: Problem, heads: list[int], valid: Tensor | None) -> Iterator[tuple[slice, Tensor]]:

@@ -10,31 +10,78 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from regard.attention.statistics import distance_edges
 from regard.errors import ArgumentError
+from regard.sites.site import Kind
 
 
 @dataclass(frozen=True, eq=False)
 class LayerRecord:
-    """Statistics of one layer's weights w (B, H, N, M): of N queries, and M keys by their positions.
+    """Statistics of one site's weights w (B, H, N, M): of N queries, and M keys by their positions.
 
     Attributes:
+        name, kind: of the site: its dotted name in the model, and "decoder", "encoder" or "cross".
+        queries, top: positions of the queries in ``rows``, and of those in ``top_keys``.
+        counted: (B,) number of queries that counted, all but padding.
         mass: (B, H, M), what each key received, summed over queries.
         entropy, peak: (B, H, N), of each query, in nats and as a share; 0 for padding.
-        distance: (B, H, bins), mass by distance, in the bins of `Recording.distance_edges`, summed over queries.
+        distance: (B, H, bins), mass by distance in the bins of ``edges``, summed over queries; in tokens, in patches
+            where the model reads a picture, and 0 in cross-attention, which has none.
         spans: (B, H, N, S), mass of each query on each span.
         rows: (B, H, R, M), weights of the chosen queries.
+        top_keys, top_weights: (B, H, T, K), the keys that the chosen queries attend to most, and how much.
     """
 
+    name: str
+    kind: Kind
+    queries: tuple[int, ...]
+    top: tuple[int, ...]
+    counted: Tensor
     mass: Tensor
     entropy: Tensor
     peak: Tensor
     distance: Tensor
     spans: Tensor
     rows: Tensor
+    top_keys: Tensor
+    top_weights: Tensor
+
+    @property
+    def edges(self) -> tuple[int, ...]:
+        """Bin b of ``distance`` holds edges[b] <= distance < edges[b + 1]."""
+        return (0, *(2**b for b in range(self.distance.shape[-1])))
+
+    @property
+    def mean_entropy(self) -> Tensor:
+        """(B, H), of a query's weights, in nats."""
+        return self.entropy.sum(-1) / self._count
+
+    @property
+    def mean_distance(self) -> Tensor:
+        """(B, H), every bin taken at its middle; nan where there are no distances."""
+        edges = torch.tensor(self.edges, dtype=torch.float32)
+        middle = (edges[:-1] + edges[1:] - 1) / 2
+        return self.distance @ middle / self.distance.sum(-1)
+
+    @property
+    def received(self) -> Tensor:
+        """(B, H, M), the mean share that each key gets from the queries that may see it, without padding.
+
+        In a decoder these are the queries from that position on, elsewhere all.
+        """
+        n, m = self.entropy.shape[-1], self.mass.shape[-1]
+        return self.mass / (torch.arange(m, 0, -1) if self.kind == "decoder" and n == m else self._count[..., None])
+
+    @property
+    def _count(self) -> Tensor:
+        return self.counted.clamp(min=1)[:, None]
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        return ((field.name, getattr(self, field.name)) for field in fields(self))
+        """Name and value of every tensor that has heads."""
+        return (
+            (f.name, value)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor) and value.ndim > 1
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,28 +89,45 @@ class Recording:
     """What `record` returns.
 
     Attributes:
-        layers: by layer index.
+        layers: by index of the site: the layer, where each has one; in an encoder-decoder, sites are counted through.
         spans: names of the spans, in the order of `LayerRecord.spans`.
-        queries: positions of the rows that were kept.
-        counted: (B,) number of queries that counted, all but padding.
         heads: indices of the heads in the records' second dimension.
     """
 
     layers: Mapping[int, LayerRecord]
     spans: tuple[str, ...]
-    queries: tuple[int, ...]
-    counted: Tensor
     heads: tuple[int, ...]
 
     @property
     def length(self) -> int:
-        """Number of key positions."""
-        return next(iter(self.layers.values())).mass.shape[-1]
+        """Number of key positions, in the first layer where they differ."""
+        return self._first.mass.shape[-1]
 
     @property
-    def distance_edges(self) -> tuple[int, ...]:
-        """Bin b of ``distance`` holds edges[b] <= distance < edges[b + 1]."""
-        return distance_edges(self.length)
+    def queries(self) -> tuple[int, ...]:
+        """Positions of the rows that were kept, in the first layer where they differ."""
+        return self._first.queries
+
+    @property
+    def counted(self) -> Tensor:
+        """(B,) number of queries that counted, in the first layer where they differ."""
+        return self._first.counted
+
+    @property
+    def _first(self) -> LayerRecord:
+        return next(iter(self.layers.values()))
+
+    def of(self, kind: Kind) -> "Recording":
+        """The sites of one kind: "decoder", "encoder" or "cross".
+
+        Raises:
+            ArgumentError: none were recorded.
+        """
+        chosen = [i for i, layer in self.layers.items() if layer.kind == kind]
+        if not chosen:
+            there = " and ".join(sorted({layer.kind for layer in self.layers.values()}))
+            raise ArgumentError(f"kind: recorded were {there} sites, not {kind!r}")
+        return self.select(layers=chosen)
 
     def select(self, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> "Recording":
         """The same of some layers and heads, in the order asked for.
@@ -77,7 +141,10 @@ class Recording:
             if missing := [i for i in wanted if i not in known]:
                 raise ArgumentError(f"{name}: recorded were {sorted(known)}, not {missing}")
         places = [self.heads.index(head) for head in heads]
-        chosen = {i: LayerRecord(**{name: t[:, places] for name, t in self.layers[i].tensors()}) for i in layers}
+        chosen = {}
+        for i in layers:
+            tensors: dict[str, Any] = {name: t[:, places] for name, t in self.layers[i].tensors()}
+            chosen[i] = replace(self.layers[i], **tensors)
         return replace(self, layers=chosen, heads=tuple(heads))
 
     def span(self, name: str) -> dict[int, Tensor]:
@@ -89,19 +156,33 @@ class Recording:
         if name not in self.spans:
             raise ArgumentError(f"name: the spans are {', '.join(self.spans) or 'none'}, got {name!r}")
         at = self.spans.index(name)
-        return {i: layer.spans[..., at].sum(-1) / self._count() for i, layer in self.layers.items()}
+        return {i: layer.spans[..., at].sum(-1) / layer._count for i, layer in self.layers.items()}
+
+    def flow(self, spans: Mapping[str, Sequence[int]]) -> dict[int, Tensor]:
+        """By layer, (B, H, Q, S): the mean share that the queries of each group gave to each recorded span.
+
+        Args:
+            spans: groups of queries: names and positions.
+
+        Raises:
+            ArgumentError: a group is empty or has positions that are no queries.
+        """
+        found = {}
+        for i, layer in self.layers.items():
+            n = layer.spans.shape[2]
+            for name, positions in spans.items():
+                if not positions or not all(0 <= p < n for p in positions):
+                    raise ArgumentError(f"spans: {name!r} must be some of the positions 0..{n - 1}")
+            found[i] = torch.stack([layer.spans[:, :, list(p)].mean(2) for p in spans.values()], 2)
+        return found
 
     def mean_entropy(self) -> dict[int, Tensor]:
         """By layer, the mean entropy (B, H) of a query's weights, in nats."""
-        return {i: layer.entropy.sum(-1) / self._count() for i, layer in self.layers.items()}
+        return {i: layer.mean_entropy for i, layer in self.layers.items()}
 
     def mean_distance(self) -> dict[int, Tensor]:
         """By layer, the mean distance (B, H) of attention, every bin taken at its middle."""
-        edges = torch.tensor(self.distance_edges, dtype=torch.float32)
-        middle = (edges[:-1] + edges[1:] - 1) / 2
-        return {
-            i: layer.distance @ middle / layer.distance.sum(-1).clamp(min=1e-12) for i, layer in self.layers.items()
-        }
+        return {i: layer.mean_distance for i, layer in self.layers.items()}
 
     def compare(self, other: "Recording") -> dict[int, dict[str, float]]:
         """By layer, the largest difference of every statistic from that of another recording of the same tokens.
@@ -109,25 +190,30 @@ class Recording:
         Raises:
             ArgumentError: the two do not describe the same layers, heads, tokens and spans.
         """
-        same = (list(self.layers), self.heads, self.spans, self.queries, self.length)
-        if same != (list(other.layers), other.heads, other.spans, other.queries, other.length):
+        if self._shape() != other._shape():
             raise ArgumentError("other: expected the same layers, heads, spans, queries and number of tokens")
         return {
             i: {
                 name: float((t - getattr(other.layers[i], name)).abs().max()) if t.numel() else 0.0
                 for name, t in layer.tensors()
+                if t.is_floating_point()
             }
             for i, layer in self.layers.items()
         }
+
+    def _shape(self) -> Any:
+        layers = [(i, x.kind, x.queries, x.top, [t.shape for _, t in x.tensors()]) for i, x in self.layers.items()]
+        return self.heads, self.spans, layers
 
     def save(self, folder: str | Path) -> None:
         """Write ``recording.safetensors`` and ``recording.json`` into a folder, which is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{i}.{name}": t.contiguous() for i, layer in self.layers.items() for name, t in layer.tensors()}
-        save_file({**tensors, "counted": self.counted}, folder / "recording.safetensors")
-        about: dict[str, Any] = {"layers": list(self.layers), "spans": self.spans, "queries": self.queries}
-        (folder / "recording.json").write_text(json.dumps({**about, "heads": self.heads}, indent=1))
+        tensors = {f"{i}.{f}": getattr(layer, f).contiguous() for i, layer in self.layers.items() for f in _TENSORS}
+        save_file(tensors, folder / "recording.safetensors")
+        layers = [{"index": i, **{f: getattr(layer, f) for f in _PLAIN}} for i, layer in self.layers.items()]
+        about = {"layers": layers, "spans": self.spans, "heads": self.heads}
+        (folder / "recording.json").write_text(json.dumps(about, indent=1))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Recording":
@@ -140,10 +226,13 @@ class Recording:
         if not path.exists():
             raise ArgumentError(f"folder: expected one that Recording.save wrote, got {str(folder)!r}")
         about, tensors = json.loads(path.read_text()), load_file(path.with_suffix(".safetensors"))
-        names = [field.name for field in fields(LayerRecord)]
-        layers = {i: LayerRecord(**{name: tensors[f"{i}.{name}"] for name in names}) for i in about["layers"]}
-        spans, queries, heads = (tuple(about[name]) for name in ("spans", "queries", "heads"))
-        return cls(layers, spans, queries, tensors["counted"], heads)
+        layers = {}
+        for layer in about["layers"]:
+            i = layer.pop("index")
+            plain: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in layer.items()}
+            layers[i] = LayerRecord(**plain | {name: tensors[f"{i}.{name}"] for name in _TENSORS})
+        return cls(layers, tuple(about["spans"]), tuple(about["heads"]))
 
-    def _count(self) -> Tensor:
-        return self.counted.clamp(min=1)[:, None]
+
+_TENSORS = [field.name for field in fields(LayerRecord) if field.type is Tensor]
+_PLAIN = [field.name for field in fields(LayerRecord) if field.type is not Tensor]

@@ -18,6 +18,7 @@ class Step:
         positions: (B or 1, N) positions of the new tokens, as the model counts them.
         cos, sin: (B or 1, 1, N, rotary_dim) angles the model rotates the new queries and keys with, or None.
         valid: (B, N) which new tokens are real (not padding), or None when all are.
+        past: number of tokens that were read before these; 0 at a new beginning.
         memo: lives for one forward and is shared by its sites: what a method computes once for all of them.
     """
 
@@ -25,6 +26,7 @@ class Step:
     cos: Tensor | None = None
     sin: Tensor | None = None
     valid: Tensor | None = None
+    past: int = 0
     memo: dict[Any, Any] = field(default_factory=dict)
 
 
@@ -34,7 +36,8 @@ class Call:
 
     Attributes:
         site: where it happens.
-        query: (B, H, N, D). key: (B, Hk, M, D). value: (B, Hk, M, Dv). The last N keys belong to the N queries.
+        query: (B, H, N, D). key: (B, Hk, M, D). value: (B, Hk, M, Dv). In self-attention the last N keys belong to the
+            N queries.
         mask: the keys each query may see, in key slots 0..M-1 and query rows 0..N-1, or None for all.
         bias: additive bias broadcastable to (B, H, N, M), or None.
         scale: factor on query·key.

@@ -10,7 +10,7 @@ from regard.masks import Mask
 
 if TYPE_CHECKING:
     from regard.sites.call import Call
-    from regard.sites.site import Site
+    from regard.sites.site import Kind, Site
 
 
 @dataclass(kw_only=True)
@@ -35,20 +35,26 @@ class Method:
     | `logits` | the model's logits | return others |
 
     Args:
-        layers: indices of the layers to act on; all by default.
+        layers: indices of the sites to act on, which are the layers where each has one; all by default.
     """
 
     name: ClassVar[str] = "method"
+    #: which attention it is meant for; on a model that has none of these it is refused
+    kinds: ClassVar[frozenset["Kind"]] = frozenset({"decoder"})
     #: `after` reads `call.lse`
     needs_lse: ClassVar[bool] = False
     layers: Sequence[int] | None = field(default=None)
 
     def prepare(self, model: nn.Module, sites: "list[Site]") -> None:
-        """Called once on entering `regard.apply`, before any hook is installed: check the fit, set up state."""
+        """Called once on entering `regard.apply`, before any hook is installed: check the fit, set up state.
+
+        Args:
+            sites: those of the method's kinds.
+        """
 
     def acts_on(self, site: "Site") -> bool:
         """Whether this method does anything at `site`."""
-        return self.layers is None or site.index in self.layers
+        return site.kind in self.kinds and (self.layers is None or site.index in self.layers)
 
     def hidden(self, site: "Site", hidden_states: Tensor) -> Tensor:
         raise NotImplementedError

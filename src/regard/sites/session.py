@@ -10,21 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from regard import masks
-from regard.attention import attention
+from regard.attention.intercept import Attend
 from regard.errors import ArgumentError, Unsupported
 from regard.masks import Mask
-from regard.sites import transformers as adapter
+from regard.sites import calls
+from regard.sites import transformers as interface
 from regard.sites.call import Call, Step
+from regard.sites.find import find_sites
 from regard.sites.method import Method
 from regard.sites.site import Site
+from regard.sites.stages import STAGES, Stages
 
-_ATTENTION_STAGES = ("qkv", "mask", "attend", "scores", "weights", "heads", "after")
 #: only one method may decide these
 _EXCLUSIVE = ("attend", "cache")
 #: what attention modules call the cache
 _CACHE_ARGUMENTS = ("past_key_values", "layer_past")
 #: keyword arguments of transformers' attention call that change the result; refused unless they are off
-_REFUSED = ("softcap", "s_aux", "position_bias", "cache")
+_REFUSED = ("softcap", "s_aux", "cache")
 
 
 @contextmanager
@@ -35,13 +37,14 @@ def apply(model: nn.Module, methods: Method | Sequence[Method]) -> Iterator[nn.M
             model.generate(...)
 
     Args:
-        model: a transformers language model whose attention uses `AttentionInterface`.
+        model: of transformers (language, vision, speech, encoder-decoders), of timm, or any other whose attention
+            modules are known to `regard.sites.register`.
         methods: one method or several, composed in order; an empty list changes nothing at all.
 
     Raises:
         ArgumentError: something that is not a method, a model that is already under `apply`, two methods that both
             replace the attention or both bring a cache.
-        Unsupported: the model has attention that cannot be adapted.
+        Unsupported: the model has attention that cannot be adapted, or none of the kind that a method is for.
     """
     methods = [methods] if isinstance(methods, Method) else list(methods)
     for method in methods:
@@ -64,18 +67,21 @@ class _Session:
     def __init__(self, model: nn.Module, methods: list[Method]) -> None:
         self.model = model
         self.methods = methods
-        self.sites = adapter.find_sites(model)
-        self.step = Step()
+        self.sites = find_sites(model)
+        self.begun: dict[nn.Module | None, Step] = {}
         self.steps: dict[int, Step] = {}
         self.layers: dict[int, Any] = {}
         self.exits = ExitStack()
 
     def __enter__(self) -> "_Session":
-        adapter.register()
-        if any(adapter.is_routed(site.module) for site in self.sites):
+        if any(interface.is_routed(site.module) for site in self.sites):
             raise ArgumentError("the model is already under regard.apply; pass all methods in one list instead")
         for method in self.methods:
-            method.prepare(self.model, self.sites)
+            sites = self._sites_of(method)
+            if not sites:
+                kinds, there = " or ".join(sorted(method.kinds)), " and ".join(sorted({s.kind for s in self.sites}))
+                raise Unsupported(f"{method.name} is for {kinds} attention, {type(self.model).__name__} has {there}")
+            method.prepare(self.model, sites)
         with ExitStack() as exits:  # undone on the spot if anything below fails
             self._install(exits)
             self.exits = exits.pop_all()
@@ -84,15 +90,14 @@ class _Session:
     def __exit__(self, *exc: object) -> None:
         self.exits.close()
 
+    def _sites_of(self, method: Method) -> list[Site]:
+        return [site for site in self.sites if site.kind in method.kinds]
+
     def _install(self, exits: ExitStack) -> None:
-        if self._at("cache", *_ATTENTION_STAGES):
-            before = adapter.switch(self.sites, self.model)
-            exits.callback(adapter.restore, before)
-            for site in self.sites:
-                adapter.route(site.module, self._attention_of(site))
-                exits.callback(adapter.route, site.module, None)
-        decoder = adapter.decoder(self.model)
-        self._hook(exits, decoder.register_forward_pre_hook(self._begin(decoder), with_kwargs=True))
+        if self._at("cache", *STAGES):
+            self._route(exits)
+        for stack in {site.stack: None for site in self.sites if site.stack is not None}:
+            self._hook(exits, stack.register_forward_pre_hook(self._begin(stack), with_kwargs=True))
         for site in self.sites:
             self._hook(exits, site.module.register_forward_pre_hook(self._before(site), with_kwargs=True))
             outputs = [m for m in self._at("output") if m.acts_on(site)]
@@ -100,6 +105,20 @@ class _Session:
                 self._hook(exits, site.module.register_forward_hook(self._change_output(site, outputs)))
         if self._at("logits"):
             self._hook(exits, self.model.register_forward_hook(self._change_logits))
+
+    def _route(self, exits: ExitStack) -> None:
+        """Send the attention of every site through the stages."""
+        through = [site for site in self.sites if interface.uses_interface(site.module)]
+        if through:
+            interface.register()
+            exits.callback(interface.restore, interface.switch(through))
+        for site in self.sites:
+            stages = Stages([m for m in self._at(*STAGES) if m.acts_on(site)])
+            if interface.uses_interface(site.module):
+                interface.route(site.module, self._interface_function(site, stages))
+                exits.callback(interface.route, site.module, None)
+            elif self._at(*STAGES, site=site):
+                exits.enter_context(calls.routed(site.module, self._call_function(site, stages)))
 
     @staticmethod
     def _hook(exits: ExitStack, handle: Any) -> None:
@@ -115,27 +134,28 @@ class _Session:
 
     # --- before and after the attention module ------------------------------------------------------------------
 
-    def _begin(self, decoder: nn.Module):
-        """Pre-hook of the decoder: what its call says about positions and padding, and the policy's cache."""
-        names = _parameter_names(decoder)
+    def _begin(self, stack: nn.Module):
+        """Pre-hook of a stack: what its call says about positions and padding, and the policy's cache."""
+        names = _parameter_names(stack)
+        caches = any(site.kind == "decoder" for site in self.sites if site.stack is stack)
 
         def hook(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             given = _Given(names, args, kwargs)
-            if self._at("cache"):
+            if caches and self._at("cache"):
                 self._provide_cache(module.config, given)
             tokens = given.get("input_ids")
             tokens = given.get("inputs_embeds") if tokens is None else tokens
-            n, device = tokens.shape[1], tokens.device
-            positions = given.get("position_ids")
-            if positions is None:
-                cache = given.get("past_key_values")
-                seen = 0 if cache is None else cache.get_seq_length()
-                positions = torch.arange(seen, seen + n, device=device)[None]
-            padding = given.get("attention_mask")
-            valid = None
-            if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
-                valid = padding[:, -n:].bool()
-            self.step = Step(positions=positions, valid=valid)
+            cache = given.get("past_key_values")
+            step = Step(past=0 if cache is None else int(cache.get_seq_length()))
+            if tokens is not None:
+                n = tokens.shape[1]
+                step.positions = given.get("position_ids")
+                if step.positions is None:
+                    step.positions = torch.arange(step.past, step.past + n, device=tokens.device)[None]
+                padding = given.get("attention_mask")
+                if isinstance(padding, Tensor) and padding.ndim == 2 and not bool(padding.all()):
+                    step.valid = padding[:, -n:].bool()
+            self.begun[stack] = step
             return given.args, given.kwargs
 
         return hook
@@ -144,17 +164,19 @@ class _Session:
         """Pre-hook of a site: stage `hidden`, and the step for the cache layer and the call."""
         methods = self._at("hidden", site=site)
         names = _parameter_names(site.module)
+        entering = "hidden_states" if "hidden_states" in names else names[0]
 
         def hook(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             given = _Given(names, args, kwargs)
             for method in methods:
-                given.set("hidden_states", method.hidden(site, given.get("hidden_states")))
-            step = replace(self.step)
+                given.set(entering, method.hidden(site, given.get(entering)))
+            step = replace(self.begun[site.stack]) if site.stack in self.begun else Step()
             angles = given.get("position_embeddings")
-            if angles is not None:
+            if angles is not None and site.rotary is not None:
                 step.cos, step.sin = angles[0][:, None], angles[1][:, None]
-            cache = next((c for c in map(given.get, _CACHE_ARGUMENTS) if c is not None), None)
-            layer = cache.layers[site.index] if cache is not None and site.index < len(cache.layers) else None
+            if site.stack is None and given.get("context") is None:  # a mechanism of regard
+                step.valid = given.get("valid")
+            layer = _cache_layer(site, given)
             begin = getattr(layer, "begin", None)
             if begin is not None:
                 begin(step)
@@ -203,19 +225,14 @@ class _Session:
         if cache.offloading:
             raise Unsupported(f"{method.name} does not support a cache that offloads its layers")
         layers = cache.layers or DynamicCache(config=config).layers
-        cache.layers = method.cache(list(layers), self.sites)
+        cache.layers = method.cache(list(layers), self._sites_of(method))
         cache.layer_class_to_replicate = None
         cache.regard_method = method  # type: ignore[attr-defined]
 
     # --- attention ----------------------------------------------------------------------------------------------
 
-    def _attention_of(self, site: Site):
-        """The attention function of one site, with the stages of the methods that act there."""
-        stages = {stage: self._at(stage, site=site) for stage in _ATTENTION_STAGES}
-        materialise = bool(stages["scores"] or stages["weights"])
-        needs_lse = any(method.needs_lse for method in stages["after"])
-        if materialise and stages["attend"]:
-            raise ArgumentError(f"{stages['attend'][0].name} computes attention itself; it has no scores or weights")
+    def _interface_function(self, site: Site, stages: Stages):
+        """What transformers calls in place of its own attention functions."""
 
         def forward(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **kwargs):
             for argument in _REFUSED:
@@ -227,10 +244,11 @@ class _Session:
                 raise Unsupported("attention dropout inside regard.apply; call model.eval() or set it to 0")
             n, m = query.shape[2], key.shape[2]
             layer: Any = self.layers.get(site.index)
-            slots = getattr(layer, "slots", None)
+            slots: Any = getattr(layer, "slots", None)
             mask: Mask | None
             bias: Tensor | None
-            if slots is not None and layer.seen != m:  # keys were dropped: slot and position differ
+            dropped = slots is not None and layer.seen != m  # then slot and position differ
+            if dropped:
                 if isinstance(attention_mask, Tensor):
                     raise Unsupported(
                         f"a four-dimensional attention_mask counts keys by position, but the cache has dropped some "
@@ -242,47 +260,52 @@ class _Session:
             else:
                 causal = kwargs.get("is_causal")
                 causal = getattr(module, "is_causal", True) if causal is None else causal
-                mask, bias = adapter.as_mask(attention_mask, n, m, causal)
+                mask, bias = interface.as_mask(attention_mask, n, m, causal)
+            if kwargs.get("position_bias") is not None:  # T5's
+                bias = kwargs["position_bias"] if bias is None else bias + kwargs["position_bias"]
             call = Call(
                 site, query, key, value, mask, query.shape[-1] ** -0.5 if scaling is None else scaling,
-                self.steps[site.index], bias=bias, layer=layer,
+                self._step(site, query), bias=bias, layer=layer,
                 key_positions=None if slots is None else slots.positions,
             )  # fmt: skip
-            for method in stages["qkv"]:
-                method.qkv(call)
-            if stages["mask"] and slots is not None and layer.seen != m:
-                raise Unsupported(
-                    f"{stages['mask'][0].name} counts keys by position, but the cache has dropped some of them "
-                    f"({m} of {layer.seen} are left); apply one or the other"
-                )
-            for method in stages["mask"]:
-                restriction = method.mask(call)
-                if restriction is not None:
-                    call.mask = restriction if call.mask is None else call.mask & restriction
-            weights = None
-            if stages["attend"]:
-                out = stages["attend"][0].attend(call)
-            elif materialise or kwargs.get("output_attentions"):
-                out, weights = _materialised(call, stages["scores"], stages["weights"])
-                call.weights = weights
-            else:
-                inputs = call.query, call.key, call.payload
-                if needs_lse:
-                    out, call.lse = attention(
-                        *inputs, mask=call.mask, bias=call.bias, scale=call.scale, return_lse=True
-                    )
-                else:
-                    out = attention(*inputs, mask=call.mask, bias=call.bias, scale=call.scale)
-            if call.probe is not None:
-                out, call.extra["probe"] = out.split([call.value.shape[-1], call.probe.shape[-1]], dim=-1)
-            for method in stages["heads"]:
-                out = method.heads(call, out)
-            call.out = out
-            for method in stages["after"]:
-                method.after(call)
-            return out.transpose(1, 2).contiguous(), weights
+            out = stages.run(call, weights=bool(kwargs.get("output_attentions")), dropped=dropped)
+            return out.transpose(1, 2).contiguous(), call.weights
 
         return forward
+
+    def _call_function(self, site: Site, stages: Stages) -> Attend:
+        """What a module's call of a known attention function comes to."""
+
+        def attend(
+            query: Tensor, key: Tensor, value: Tensor, mask: Mask | Tensor | None, bias: Tensor | None, scale: float
+        ) -> Tensor:
+            if isinstance(mask, Tensor):
+                mask = masks.from_dense(mask.expand(*mask.shape[:-2], query.shape[2], key.shape[2]))
+            if site.index not in self.steps:
+                raise Unsupported(
+                    f"{site.name} ({type(site.module).__name__}) computes attention more than once in a forward"
+                )
+            call = Call(site, query, key, value, mask, scale, self._step(site, query), bias=bias)
+            del self.steps[site.index]
+            return stages.run(call)
+
+        return attend
+
+    def _step(self, site: Site, query: Tensor) -> Step:
+        step, n = self.steps[site.index], query.shape[2]
+        if step.positions is None or site.stack is None:  # pictures, sounds, single modules
+            step.positions = torch.arange(step.past, step.past + n, device=query.device)[None]
+        return step
+
+
+def _cache_layer(site: Site, given: "_Given") -> Any:
+    """The layer of the cache that a site's keys come from, where there is one."""
+    cache = next((c for c in map(given.get, _CACHE_ARGUMENTS) if c is not None), None)
+    if cache is None:
+        return None
+    half = "cross_attention_cache" if site.kind == "cross" else "self_attention_cache"
+    layers = getattr(cache, half, cache).layers
+    return layers[site.layer] if site.layer < len(layers) else None
 
 
 def _parameter_names(module: nn.Module) -> list[str]:
@@ -311,24 +334,6 @@ class _Given:
         if name in self._names[: len(self.args)]:
             return self._names.index(name)
         return None
-
-
-def _materialised(call: Call, on_scores: list[Method], on_weights: list[Method]) -> tuple[Tensor, Tensor]:
-    """Attention with its scores and weights as tensors (B, H, N, M), for methods that read or change them."""
-    key, payload = (t.repeat_interleave(call.num_groups, dim=1) for t in (call.key, call.payload))
-    scores = call.query @ key.transpose(-1, -2) * call.scale
-    if call.bias is not None:
-        scores = scores + call.bias
-    for method in on_scores:
-        scores = method.scores(call, scores)
-    if call.mask is not None:
-        n, m = scores.shape[-2:]
-        allowed = call.mask.dense(n, m).to(scores.device)
-        scores = scores.masked_fill(~allowed, float("-inf"))
-    weights = torch.softmax(scores.float(), dim=-1).nan_to_num(0.0).to(payload.dtype)  # nan: rows that see nothing
-    for method in on_weights:
-        weights = method.weights(call, weights)
-    return weights @ payload, weights
 
 
 def _per_query_head(valid: Tensor, num_heads: int) -> Tensor:

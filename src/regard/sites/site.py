@@ -1,6 +1,7 @@
 """A site: one attention module of a pretrained model."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,23 +43,33 @@ class Rotary:
         return self.angles(positions, x)
 
 
+#: causal self-attention, noncausal self-attention (of texts, pictures, sounds), attention to another sequence
+Kind = Literal["decoder", "encoder", "cross"]
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """One attention module.
 
     Attributes:
-        index: the layer it stands in (`layer_idx`), also its place in the cache.
+        index: of the site in the model; the layer where there is one site a layer.
+        layer: its place in the cache.
         name: dotted name in the model.
         module: the attention module itself.
+        kind: "decoder", "encoder" or "cross".
         window: sliding-window size of this layer, or None where it sees the full context.
         rotary: the model's rotary embedding, or None where there is none (or none that regard can invert).
+        stack: the module whose forward is told about positions and padding of the site's queries, or None.
     """
 
     index: int
+    layer: int
     name: str
     module: nn.Module
-    window: int | None
-    rotary: Rotary | None
+    kind: Kind = "decoder"
+    window: int | None = None
+    rotary: Rotary | None = None
+    stack: nn.Module | None = None
 
     def need_rotary(self, who: str) -> Rotary:
         """The rotary embedding, or `Unsupported` naming the method that cannot work without."""

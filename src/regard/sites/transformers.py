@@ -6,7 +6,7 @@ N×M tensor is built; the attention function passes the call to the session that
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from regard import masks
 from regard.errors import ArgumentError, Unsupported, require
 from regard.masks import Mask
-from regard.sites.site import Rotary, Site, is_rotate_half
+from regard.sites.site import Kind, Rotary, Site, is_rotate_half
 
 NAME = "regard"
 
@@ -56,61 +56,59 @@ def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, att
 # --- sites ----------------------------------------------------------------------------------------------------------
 
 
-def find_sites(model: nn.Module) -> list[Site]:
-    """The model's attention sites, in layer order.
-
-    Raises:
-        Unsupported: an attention module does not use transformers' `AttentionInterface`, or there is none.
-    """
-    found, strangers = [], []
-    for name, module in model.named_modules():
-        if _uses_interface(module):
-            found.append((name, module))
-        elif type(module).__name__.endswith("Attention") and not _contains_interface_user(module):
-            strangers.append(f"{name} ({type(module).__name__})")
-    if strangers:
-        raise Unsupported(f"attention modules that do not use transformers' AttentionInterface: {', '.join(strangers)}")
-    if not found:
-        raise Unsupported(f"no attention module found in {type(model).__name__}")
-    sites = [_site(model, name, module) for name, module in found]
-    indices = [site.index for site in sites]
-    if len(set(indices)) != len(indices):
-        raise Unsupported(
-            f"{type(model).__name__} has several attention modules per layer (an encoder, or cross-attention); "
-            "only decoder-only language models are supported so far"
-        )
-    return sorted(sites, key=lambda site: site.index)
-
-
-def _uses_interface(module: nn.Module) -> bool:
+def uses_interface(module: nn.Module) -> bool:
+    """Whether the module looks its attention up in `AttentionInterface`."""
     forward = inspect.unwrap(type(module).forward)
     return "ALL_ATTENTION_FUNCTIONS" in getattr(getattr(forward, "__code__", None), "co_names", ())
 
 
-def _contains_interface_user(module: nn.Module) -> bool:
-    return any(_uses_interface(child) for child in module.children())
-
-
-def _site(model: nn.Module, name: str, module: nn.Module) -> Site:
-    index = getattr(module, "layer_idx", None)
-    if index is None:
-        raise Unsupported(f"{name} ({type(module).__name__}) has no layer_idx, so regard cannot find its cache layer")
+def make_site(model: nn.Module, name: str, module: nn.Module, index: int) -> Site:
+    """The site of a module that uses the interface."""
+    layer = getattr(module, "layer_idx", None)
     config: Any = module.config
     layer_types = getattr(config, "layer_types", None)
-    layer_type = layer_types[index] if layer_types else None
+    layer_type = layer_types[layer] if layer_types and layer is not None else None
     window = getattr(config, "sliding_window", None)
     if layer_type is not None and layer_type != "sliding_attention":
         window = None
-    return Site(int(index), name, module, window, _rotary(model, name, module, layer_type))
+    return Site(
+        index,
+        index if layer is None else int(layer),
+        name,
+        module,
+        kind=_kind(name, module),
+        window=window,
+        rotary=_rotary(model, name, module, layer_type),
+        stack=_stack(model, name),
+    )
+
+
+def _kind(name: str, module: nn.Module) -> Kind:
+    """Names tell cross-attention, and `is_causal`, which transformers itself goes by, tells the others apart."""
+    own = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    if any(word in own for word in ("cross", "encoder_attn", "encdec", "enc_dec")):
+        return "cross"
+    return "decoder" if getattr(module, "is_causal", True) else "encoder"
+
+
+def _stack(model: nn.Module, name: str) -> nn.Module | None:
+    """The nearest model of transformers around a module: it makes masks, and in a decoder fills the cache."""
+    base = require("transformers", "work on transformers models").PreTrainedModel
+    return next((above for above in _above(model, name) if isinstance(above, base)), None)
+
+
+def _above(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules around a named one, innermost first."""
+    parts = name.split(".")[:-1]
+    for depth in range(len(parts), -1, -1):
+        yield model.get_submodule(".".join(parts[:depth]))
 
 
 def _rotary(model: nn.Module, name: str, module: nn.Module, layer_type: str | None) -> Rotary | None:
     """The rotary module nearest above the site, if it is one regard can move positions with."""
     if not is_rotate_half(getattr(inspect.getmodule(type(module)), "apply_rotary_pos_emb", None)):
         return None
-    parts = name.split(".")
-    for depth in range(len(parts), -1, -1):
-        parent = model.get_submodule(".".join(parts[:depth]))
+    for parent in (module, *_above(model, name)):
         for child_name, child in parent.named_children():
             if child_name.startswith("rotary_emb") and hasattr(child, "forward"):
                 takes_type = "layer_type" in inspect.signature(child.forward).parameters
@@ -122,17 +120,10 @@ def _rotary(model: nn.Module, name: str, module: nn.Module, layer_type: str | No
     return None
 
 
-def decoder(model: nn.Module) -> nn.Module:
-    """The module whose forward makes and fills the cache: the decoder inside a model with a head."""
-    get = getattr(model, "get_decoder", None)
-    inner = get() if callable(get) else None
-    return inner if isinstance(inner, nn.Module) else model
-
-
-def switch(sites: list[Site], model: nn.Module) -> list[tuple[Any, str | None]]:
-    """Point every config the sites and the model read at regard's functions; returns what to restore."""
-    configs: dict[int, Any] = {id(c): c for c in [decoder(model).config, *(site.module.config for site in sites)]}
-    before = [(config, config._attn_implementation_internal) for config in configs.values()]
+def switch(sites: list[Site]) -> list[tuple[Any, str | None]]:
+    """Point every config the sites and their stacks read at regard's functions; returns what to restore."""
+    read: list[Any] = [module.config for site in sites for module in (site.module, site.stack) if module is not None]
+    before = [(config, config._attn_implementation_internal) for config in {id(c): c for c in read}.values()]
     for config, _ in before:
         config._attn_implementation_internal = NAME
     return before

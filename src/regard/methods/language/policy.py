@@ -33,13 +33,13 @@ class CachePolicy(Method):
 
         acting = [site for site in sites if self.acts_on(site)]
         for site in acting:
-            if type(layers[site.index]) is not DynamicLayer:
+            if type(layers[site.layer]) is not DynamicLayer:
                 raise Unsupported(
                     f"{self.name} replaces growing cache layers, but {site.name} has a "
-                    f"{type(layers[site.index]).__name__}"
+                    f"{type(layers[site.layer]).__name__}"
                 )
         for site, layer in zip(acting, self.new_layers(acting), strict=True):
-            layers[site.index] = layer
+            layers[site.layer] = layer
         return layers
 
     def new_layers(self, sites: list[Site]) -> list[TrackedLayer]:

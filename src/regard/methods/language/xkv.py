@@ -116,7 +116,7 @@ class XKV(CachePolicy):
         for g, group in enumerate(self._grouped(sites)):
             shared = self._shared(g)
             layers |= {index: GroupedLayer(shared) for index in group}
-        return [layers[site.index] for site in sites]
+        return [layers[site.layer] for site in sites]
 
     def _shared(self, group: int) -> LayerGroup:
         if self.layer_merge_impl == "slerp":

@@ -102,7 +102,7 @@ class LongHeads(Method):
     def cache(self, layers: list[Any], sites: list[Site]) -> list[Any]:
         for site in sites:
             if self.acts_on(site):
-                layers[site.index] = ChunkedLayer(self.window_size)
+                layers[site.layer] = ChunkedLayer(self.window_size)
         return layers
 
     def attend(self, call: Call) -> Tensor:
