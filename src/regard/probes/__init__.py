@@ -1,5 +1,6 @@
 """Methods that only watch: where a model looks, without the matrix of weights."""
 
+from regard.probes.attribution_scores import Perturbation, insertion_deletion, pointing_game
 from regard.probes.context_saliency import context_aware_saliency, salient_relevance
 from regard.probes.explanation import (
     Deletion,
@@ -9,6 +10,7 @@ from regard.probes.explanation import (
     explanation_correlation,
     pool_saliency,
 )
+from regard.probes.gestalt import activation_map, convexity_index, figure_ground_auc, illusory_contour_index
 from regard.probes.indicators import attention_indicators
 from regard.probes.occlusion import (
     frame_masks,
@@ -47,11 +49,13 @@ __all__ = [
     "LayerRecord",
     "Pattern",
     "PatternProbe",
+    "Perturbation",
     "Recorder",
     "Recording",
     "RetrievalScore",
     "Rhythm",
     "TopKeys",
+    "activation_map",
     "aggregate_cross_attention",
     "attention_indicators",
     "attention_span",
@@ -59,22 +63,27 @@ __all__ = [
     "backprop_saliency",
     "class_sensitivity",
     "context_aware_saliency",
+    "convexity_index",
     "deletion_curve",
     "detect_retrieval_heads",
     "explanation_correlation",
     "fai",
+    "figure_ground_auc",
     "find_needle",
     "frame_masks",
     "gradcam",
     "gradient",
     "grid_segments",
     "hide",
+    "illusory_contour_index",
+    "insertion_deletion",
     "kl_scorer",
     "linear_approx",
     "lrp",
     "meta_saliency",
     "normgrad",
     "occlusion_saliency",
+    "pointing_game",
     "pool_saliency",
     "reach",
     "record",
