@@ -1,6 +1,5 @@
 """Methods that only watch: where a model looks, without the matrix of weights."""
 
-from regard.probes.attribution_scores import Perturbation, insertion_deletion, pointing_game
 from regard.probes.context_saliency import context_aware_saliency, salient_relevance
 from regard.probes.explanation import (
     Deletion,
@@ -49,7 +48,6 @@ __all__ = [
     "LayerRecord",
     "Pattern",
     "PatternProbe",
-    "Perturbation",
     "Recorder",
     "Recording",
     "RetrievalScore",
@@ -76,14 +74,12 @@ __all__ = [
     "grid_segments",
     "hide",
     "illusory_contour_index",
-    "insertion_deletion",
     "kl_scorer",
     "linear_approx",
     "lrp",
     "meta_saliency",
     "normgrad",
     "occlusion_saliency",
-    "pointing_game",
     "pool_saliency",
     "reach",
     "record",
