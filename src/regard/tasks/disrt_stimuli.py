@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -83,7 +83,9 @@ def write_stimuli(
     folder = Path(folder)
     path = folder / "manifest.json"
     made_with = {"synthesis": synthesis, "layers": list(layers), "iterations": steps, "seeds": list(seeds)}
-    manifest = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {**made_with, "pictures": []}
+    manifest: dict[str, Any] = {**made_with, "pictures": []}
+    if path.exists():
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     if {name: manifest.get(name) for name in made_with} != made_with:
         raise ArgumentError(f"folder: {path} was made with other arguments")
     there = {entry["id"] for entry in manifest["pictures"]}

@@ -109,12 +109,12 @@ def figure_ground_stimulus(size: int = 224, generator: torch.Generator | None = 
         border = border + 0.05 * size * amplitude * torch.cos(order * angle + 2 * pi * phase)
     mask = x.hypot(y) < border
     turn = pi * torch.rand((), generator=generator)
-    gratings = []
+    gratings: list[Tensor] = []
     for direction in (turn, turn + pi / 2):
         phase = 2 * pi * torch.rand((), generator=generator)
         along = x * direction.cos() + y * direction.sin()
         gratings.append(0.5 + 0.5 * torch.cos(2 * pi * along / (size / 28) + phase))
-    return Figure(torch.where(mask, *gratings)[None], mask)
+    return Figure(torch.where(mask, gratings[0], gratings[1])[None], mask)
 
 
 def _centred(size: int) -> tuple[Tensor, Tensor]:
