@@ -22,6 +22,7 @@ from regard.probes.occlusion import (
     standardise_token_maps,
 )
 from regard.probes.pattern import Pattern, PatternProbe
+from regard.probes.pattern_clusters import AttentionPatternAutoencoder, PatternSummary, pattern_summary
 from regard.probes.reach import reach
 from regard.probes.recorder import Recorder, record
 from regard.probes.recording import LayerRecord, Recording
@@ -41,13 +42,18 @@ from regard.probes.routing import routing_entropy, routing_fluctuation
 from regard.probes.saliency import backprop_saliency, gradcam, gradient, linear_approx, normgrad
 from regard.probes.sensitivity import class_sensitivity, meta_saliency
 from regard.probes.sinks import recorded_averages, recorded_sinks
+from regard.probes.vit_heads import AttentionStrength, HeadImportance, attention_strength, rank_heads
 
 __all__ = [
+    "AttentionPatternAutoencoder",
+    "AttentionStrength",
     "Deletion",
+    "HeadImportance",
     "HeadScores",
     "LayerRecord",
     "Pattern",
     "PatternProbe",
+    "PatternSummary",
     "Recorder",
     "Recording",
     "RetrievalScore",
@@ -57,6 +63,7 @@ __all__ = [
     "aggregate_cross_attention",
     "attention_indicators",
     "attention_span",
+    "attention_strength",
     "auc",
     "backprop_saliency",
     "class_sensitivity",
@@ -80,7 +87,9 @@ __all__ = [
     "meta_saliency",
     "normgrad",
     "occlusion_saliency",
+    "pattern_summary",
     "pool_saliency",
+    "rank_heads",
     "reach",
     "record",
     "record_rhythm",
