@@ -1,5 +1,6 @@
 """Methods that only watch: where a model looks, without the matrix of weights."""
 
+from regard.probes.attribution_scores import Perturbation, insertion_deletion, pointing_game
 from regard.probes.context_saliency import context_aware_saliency, salient_relevance
 from regard.probes.explanation import (
     Deletion,
@@ -54,6 +55,7 @@ __all__ = [
     "Pattern",
     "PatternProbe",
     "PatternSummary",
+    "Perturbation",
     "Recorder",
     "Recording",
     "RetrievalScore",
@@ -81,6 +83,7 @@ __all__ = [
     "grid_segments",
     "hide",
     "illusory_contour_index",
+    "insertion_deletion",
     "kl_scorer",
     "linear_approx",
     "lrp",
@@ -88,6 +91,7 @@ __all__ = [
     "normgrad",
     "occlusion_saliency",
     "pattern_summary",
+    "pointing_game",
     "pool_saliency",
     "rank_heads",
     "reach",
