@@ -85,9 +85,10 @@ def example(system: System) -> str:
             [*lines, "", f"with regard.apply(model, {attribute}()):", "    model.generate(**inputs, max_new_tokens=64)"]
         )
     required = [f"{p.name}=..." for p in _parameters(found) if p.default is p.empty]
-    call = f"{_snake(attribute)} = {attribute}({', '.join(required)})"
+    result = _snake(attribute) if attribute != _snake(attribute) else "found"  # a function's result is not its name
+    call = f"{result} = {attribute}({', '.join(required)})"
     if len(call) > _WIDTH:
-        call = "\n".join([f"{_snake(attribute)} = {attribute}(", *(f"    {one}," for one in required), ")"])
+        call = "\n".join([f"{result} = {attribute}(", *(f"    {one}," for one in required), ")"])
     return "\n".join([*lines, "", call])
 
 

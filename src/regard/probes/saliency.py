@@ -78,6 +78,52 @@ def backprop_saliency(
     return _saliency(model, x, target, layers, reduced, combine, size, weights, grid, channels_last)
 
 
+def normgrad(
+    model: nn.Module,
+    x: Tensor,
+    target: int | Tensor | None = None,
+    layers: Sequence[str | None] = (None,),
+    combine: Combine = "product",
+    size: tuple[int, int] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    grid: tuple[int, int] | None = None,
+    channels_last: bool = False,
+) -> Tensor:
+    """NormGrad (arXiv:2004.02866): how much each place would give to the gradient of a 1×1 convolution put there.
+
+        S_u = |x_u| |g_u|
+
+    x_u and g_u are a layer's output at place u and the gradient of the logit there: the norm of their outer product,
+    which is the share of u in the convolution's weight gradient. Maps are resized bilinearly, scaled to [0, 1], and
+    multiplied over the layers; `backprop_saliency` has every other extraction and aggregation of the paper. One
+    forward and one backward, O(C H W). A layer below global average pooling has the same gradient everywhere, so its
+    map says where something is, and not what; one or two layers further down do better (`regard study saliency`).
+
+    Args:
+        model: x to logits (B, K); evaluated, and left as it was.
+        x: (B, C, H, W).
+        target: the class, one for all or (B,) one each; the most likely one by default.
+        layers: names of modules whose outputs are looked at; None stands for the input itself.
+        combine: product of the layers' maps, or their geometric mean.
+        size: height and width of the result, those of x by default.
+        weights: of the layers in the geometric mean, equal by default.
+        grid: height and width where a layer's output is tokens (B, N, C), of which the last H·W are taken; by default
+            they are a square, or one after a class token.
+        channels_last: whether outputs of four axes are (B, H, W, C).
+
+    Returns:
+        (B, H, W) in [0, 1].
+
+    Raises:
+        ArgumentError, ShapeError, Unsupported: as `backprop_saliency` does.
+    """
+    return backprop_saliency(
+        model, x, target, layers, "conv1x1", "norm", combine, size,
+        weights=weights, grid=grid, channels_last=channels_last,
+    )  # fmt: skip
+
+
 def gradcam(
     model: nn.Module,
     x: Tensor,
@@ -100,7 +146,6 @@ def gradcam(
     return _saliency(model, x, target, layers, reduced, combine, size, None, grid, channels_last)
 
 
-normgrad = partial(backprop_saliency, extract="conv1x1", aggregate="norm")
 linear_approx = partial(backprop_saliency, extract="scaling", aggregate="sum")
 gradient = partial(backprop_saliency, extract="bias", aggregate="abs_max")
 
