@@ -174,7 +174,9 @@ def test_help_shows_examples(run, command: str) -> None:
     assert re.search(rf"Examples\s+regard {command} \S", out)
 
 
-@pytest.mark.parametrize("arguments", [["list"], ["info", "multilingual-llm-survey"], ["--help"], ["compare", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["list"], ["info", "multilingual-llm-survey"], ["--help"], ["compare", "--help"]]
+)
 def test_starts_without_torch(arguments: list[str]) -> None:
     script = (
         "import sys; from regard.cli.main import _run; code = _run(sys.argv[1:]); "
