@@ -90,6 +90,15 @@ def test_layers_and_heads_are_chosen() -> None:
         some.compare(every)
 
 
+def test_spans_are_chosen() -> None:
+    found = regard.record(tiny("llama"), tokens(1, 12), tokens={"a": range(4), "b": range(4, 12)})
+    part = found.select(spans=["b"], heads=[2])
+    assert part.spans == ("b",)
+    assert part.span("b")[1].equal(found.span("b")[1][:, [2]])
+    with pytest.raises(ArgumentError, match=r"spans: recorded were \['a', 'b', 'first'\], not \['c'\]"):
+        found.select(spans=["c"])
+
+
 def test_a_recording_is_saved_and_loaded(tmp_path) -> None:
     found = regard.record(tiny("llama"), tokens(2, 9), tokens={"all": range(9)}, queries=[2])
     found.save(tmp_path / "new" / "one")

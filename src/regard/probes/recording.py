@@ -129,23 +129,32 @@ class Recording:
             raise ArgumentError(f"kind: recorded were {there} sites, not {kind!r}")
         return self.select(layers=chosen)
 
-    def select(self, layers: Sequence[int] | None = None, heads: Sequence[int] | None = None) -> "Recording":
-        """The same of some layers and heads, in the order asked for.
+    def select(
+        self,
+        layers: Sequence[int] | None = None,
+        heads: Sequence[int] | None = None,
+        spans: Sequence[str] | None = None,
+    ) -> "Recording":
+        """The same of some layers, heads and spans, in the order asked for.
 
         Raises:
             ArgumentError: some were not recorded.
         """
         layers = list(self.layers) if layers is None else list(layers)
         heads = list(self.heads) if heads is None else list(heads)
-        for name, wanted, known in (("layers", layers, set(self.layers)), ("heads", heads, set(self.heads))):
-            if missing := [i for i in wanted if i not in known]:
-                raise ArgumentError(f"{name}: recorded were {sorted(known)}, not {missing}")
+        names = list(self.spans) if spans is None else list(spans)
+        asked: tuple[tuple[str, list[Any], Sequence[Any]], ...]
+        asked = ("layers", layers, [*self.layers]), ("heads", heads, self.heads), ("spans", names, self.spans)
+        for what, wanted, known in asked:
+            if missing := [one for one in wanted if one not in known]:
+                raise ArgumentError(f"{what}: recorded were {sorted(known)}, not {missing}")
+        at = [self.spans.index(name) for name in names]
         places = [self.heads.index(head) for head in heads]
         chosen = {}
         for i in layers:
             tensors: dict[str, Any] = {name: t[:, places] for name, t in self.layers[i].tensors()}
-            chosen[i] = replace(self.layers[i], **tensors)
-        return replace(self, layers=chosen, heads=tuple(heads))
+            chosen[i] = replace(self.layers[i], **tensors | {"spans": tensors["spans"][..., at]})
+        return replace(self, layers=chosen, spans=tuple(names), heads=tuple(heads))
 
     def span(self, name: str) -> dict[int, Tensor]:
         """By layer, the mean share (B, H) of each head's attention that went to a named span.
