@@ -1,6 +1,9 @@
 """`regard inspect` from the command line."""
 
 import pytest
+import torch
+import transformers
+from PIL import Image
 
 from regard.cli.main import main
 from regard.tasks import english
@@ -46,11 +49,62 @@ def test_a_short_text_is_read_whole(run, folder, tmp_path) -> None:
     assert (code, out) == (0, f"report: {report}\n")
 
 
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory):
+    """The folder of a vision transformer, and a picture."""
+    path = tmp_path_factory.mktemp("vit")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+    transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=48, patch_size=8)).save_pretrained(path)
+    Image.linear_gradient("L").save(path / "picture.png")
+    return str(path), str(path / "picture.png")
+
+
+def test_own_vision_model_and_picture(run, vit, tmp_path) -> None:
+    report = tmp_path / "page.html"
+    code, out, err = run("--model", vit[0], "--image", vit[1], "--report", report)
+    assert (code, out) == (0, f"report: {report}\n")
+    assert "layer 3 of 3" in err
+    assert f"6 × 6 patches of {vit[1]}" in report.read_text(encoding="utf-8")
+
+
+def test_the_bundled_vision_model_brings_a_picture(run, vit_s, monkeypatch, tmp_path) -> None:
+    from regard.study import models
+
+    monkeypatch.setattr(models, "load_vision", lambda *_, **__: vit_s)
+    report = tmp_path / "page.html"
+    code, out, _ = run("--model", "vit-s", "--report", report)
+    assert (code, out) == (0, f"report: {report}\n")
+    assert "16 × 16 patches of a photograph of an astronaut" in report.read_text(encoding="utf-8")
+
+
+def test_a_picture_alone_is_for_the_bundled_vision_model(run, vit, vit_s, monkeypatch, tmp_path) -> None:
+    from regard.study import models
+
+    asked = []
+    monkeypatch.setattr(models, "load_vision", lambda model, **_: asked.append(model) or vit_s)
+    assert run("--image", vit[1], "--report", tmp_path / "page.html")[0] == 0
+    assert asked == ["vit-s"]
+
+
+def test_text_or_picture(run, vit, tmp_path) -> None:
+    report = tmp_path / "r.html"
+    for arguments, message in (
+        (("--text", "a.txt", "--image", vit[1]), "--text and --image: expected one of them, got both"),
+        (("--text", "a.txt", "--model", "vit-s"), "--text: vit-s looks at pictures; give one with --image"),
+        (("--model", vit[0], "--image", "nowhere.png"), "image: cannot read 'nowhere.png': No such file or directory"),
+    ):
+        code, out, err = run(*arguments, "--report", report)
+        assert (code, out) == (2, "")
+        assert message in err
+        assert not report.exists()
+
+
 def test_help_teaches_by_example(run) -> None:
     code, out, _ = run("--help")
     assert code == 0
     assert out.count("regard inspect --") >= 3
-    for option in ("--model", "--text", "--tokens", "--report", "--device"):
+    for option in ("--model", "--text", "--image", "--tokens", "--report", "--device"):
         assert option in out
 
 

@@ -1,28 +1,24 @@
 """The inspector's page: small, safe, the same every time, drawn by plotly, and alive in a browser."""
 
 import base64
-import json
 import math
 import re
-import shutil
 
 import plotly.graph_objects as go
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 
 from regard.study.inspect import Inspection, Unit, inspect
 from regard.study.inspect_page import data, render
 from regard.tasks import english
+from tests.study.visit import Visit, embedded, in_browser
 from tests.tiny_models import tiny
 from tests.tiny_tokenizer import VOCAB_SIZE, tiny_tokenizer
 
 NASTY = "</script><script>document.title = 'broken'</script>&amp;<img src=x onerror=alert(1)> <b>bold</b> %{x}\u2028"
 TEXT = english()[10_000:11_000]
 N = 90
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
 
 def model():
@@ -61,11 +57,6 @@ def big():
         flow=torch.rand(len(units), 12, 12), received=torch.rand(len(units), n),
         top=torch.randint(n, (layers, n, 16)), shares=torch.rand(layers, n, 16),
     )  # fmt: skip
-
-
-def embedded(source):
-    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', source, re.DOTALL)
-    return json.loads(text)
 
 
 def decoded(text):
@@ -139,63 +130,6 @@ def test_levels_keep_shares_to_four_percent(found) -> None:
 
 
 @pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        yield browser
-        browser.close()
-
-
-class Visit:
-    """A page that is open, with what it complained of and what it asked the network for."""
-
-    def __init__(self, browser, path, **options):
-        self.complaints, self.requests = [], []
-        self.page = browser.new_page(viewport={"width": 1300, "height": 1000}, **options)
-        self.page.set_default_timeout(120_000)  # of a machine with much else to do
-        self.page.on("console", lambda message: self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.goto(path.as_uri())
-        self.page.wait_for_selector("#overview .heatmaplayer image")
-        self.page.wait_for_selector("#pattern .heatmaplayer image")
-
-    def __call__(self, script):
-        return self.page.evaluate(script)
-
-    def check(self):
-        """It complained of nothing, and needed nothing but itself."""
-        assert self.complaints == []
-        assert [url for url in self.requests if not url.startswith(("file:", "data:", "blob:"))] == []
-
-    def until(self, script):
-        """Playwright's own way of waiting needs eval, which the page forbids."""
-        for _ in range(600):
-            if self(script):
-                return
-            self.page.wait_for_timeout(100)
-        raise AssertionError(script)
-
-    def text(self, selector):
-        return self.page.text_content(selector)
-
-    def click(self, plot, x, y):
-        """Click into a plot at its axes' coordinates."""
-        self.page.locator("#" + plot).scroll_into_view_if_needed()
-        at = self(
-            f"""(() => {{ const box = el("{plot}").getBoundingClientRect(), {{xaxis, yaxis}} = el("{plot}")._fullLayout;
-            return [box.x + xaxis._offset + xaxis.l2p({x}), box.y + yaxis._offset + yaxis.l2p({y})]; }})()"""
-        )
-        self.page.mouse.move(at[0] - 2, at[1])
-        self.page.mouse.move(*at)
-        self.page.wait_for_selector(".hoverlayer .hovertext")
-        self.page.mouse.click(*at)
-
-    def z(self, plot, trace=0):
-        return self(f"el('{plot}').data[{trace}].z")
-
-
-@pytest.fixture(scope="module")
 def opened(browser, found, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "page.html"
     found.report(path)
@@ -209,23 +143,6 @@ def page(opened):
     opened.page.check("#measure input[value=role]", force=True)
     yield opened
     opened.check()
-
-
-@pytest.fixture
-def visit(browser, tmp_path):
-    """Open the page of another inspection."""
-    pages = []
-
-    def visit(inspection, **options):
-        path = tmp_path / "page.html"
-        inspection.report(path)
-        pages.append(Visit(browser, path, **options))
-        return pages[-1]
-
-    yield visit
-    for opened in pages:
-        opened.check()
-        opened.page.close()
 
 
 @in_browser

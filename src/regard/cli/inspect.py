@@ -1,56 +1,87 @@
-"""`regard inspect`: where a model looks in a text, as a page."""
+"""`regard inspect`: where a model looks in a text or a picture, as a page."""
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from regard.cli.compare import _check_writable
-from regard.errors import require
+from regard.errors import ArgumentError, require
+
+if TYPE_CHECKING:
+    from regard.study.inspect import Inspection
+    from regard.study.inspect_image import ImageInspection
 
 
 def inspect(
     report: Annotated[Path, typer.Option(help="The HTML page to write.")],
     model: Annotated[
-        str, typer.Option(help="smollm2 (bundled), a folder, a .gguf file, or an id on the Hugging Face Hub.")
-    ] = "smollm2",
+        str | None,
+        typer.Option(
+            help="smollm2 or vit-s (bundled), a folder, a .gguf file, or an id on the Hugging Face Hub; "
+            "smollm2, or with --image vit-s, if left out."
+        ),
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(help="A UTF-8 text file to read; English prose that comes with Python if left out.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Read the first so many tokens of it, at most 4096.")] = 512,
+    image: Annotated[
+        Path | None,
+        typer.Option(help="A picture to look at, with a vision transformer; vit-s has one if left out."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Read the first so many tokens of the text, at most 4096.")] = 512,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
 ) -> None:
-    """See where a language model looks in a text: one page to click through, which opens offline.
+    """See where a model looks in a text or a picture: one page to click through, which opens offline.
 
-    The model reads the text once. The page shows
+    The model reads it once. The page shows
 
     \b
     - [bold]every head[/] of every layer by entropy, distance, share on the first token, or what it mostly does
-    - [bold]a head's pattern[/], and which part of the text looks at which, when you choose the head
-    - [bold]the text[/], coloured by the attention each token receives
-    - [bold]a token's attention[/] in each layer, when you choose the token
+    - [bold]a head's pattern[/], and which part of the text or picture looks at which, when you choose the head
+    - [bold]the text[/], coloured by the attention each token receives, or [bold]the picture[/], brightened by it
+    - [bold]a token's or a patch's attention[/] in each layer, when you choose it
 
     \b
     [bold]Examples[/]
       regard inspect --report inspect.html
       regard inspect --text letter.txt --tokens 1024 --report letter.html
       regard inspect --model ./my-model --text letter.txt --report letter.html --device cuda
+      regard inspect --model vit-s --image cat.jpg --report cat.html
     """
     _check_writable(None, report)
     require("plotly", "write reports")
-    from regard.study.inspect import inspect as run  # torch and transformers: not for `regard list`
+    if text is not None and image is not None:
+        raise ArgumentError("--text and --image: expected one of them, got both")
+    from regard.study.models import BUNDLED_VISION  # torch and transformers: not for `regard list`
 
+    read: Inspection | ImageInspection
+    note = ""
     with _progress() as on_progress:
-        found = run(model, text=text, tokens=tokens, device=device, dtype=dtype, on_progress=on_progress)
-    if found.cut:
-        print(f"the text goes on after its first {len(found.tokens):,} tokens; --tokens reads more")
-    found.report(report)
+        if image is not None or model in BUNDLED_VISION:
+            if text is not None:
+                raise ArgumentError(f"--text: {model} looks at pictures; give one with --image")
+            from regard.study.inspect_image import inspect_image
+
+            read = inspect_image(model or "vit-s", image=image, device=device, dtype=dtype, on_progress=on_progress)
+        else:
+            from regard.study.inspect import inspect as run
+
+            found = run(
+                model or "smollm2", text=text, tokens=tokens, device=device, dtype=dtype, on_progress=on_progress
+            )
+            read = found
+            if found.cut:
+                note = f"the text goes on after its first {len(found.tokens):,} tokens; --tokens reads more"
+    if note:
+        print(note)
+    read.report(report)
     print(f"report: {report}")
 
 

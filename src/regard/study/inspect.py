@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from regard.errors import ArgumentError
 from regard.sites import apply
 from regard.study import subject
-from regard.study.inspect_weights import Reduced, Reducer
+from regard.study.inspect_weights import Plan, Reduced, Reducer
 from regard.study.reading import Reader
 from regard.tasks.text import opening, tokenize
 
@@ -143,33 +143,32 @@ def inspect(
         raise ArgumentError(f"text: expected at least 2 tokens, got {n}")
     pieces = list(_pieces(tokenizer, ids))
     spans = _spans(pieces)
-    factors = _factors(torch.tensor(ids))
-    reducer = Reducer(
-        grouping=lambda units: _groups(_even(n, max(8, min(_BINS, math.isqrt(_PATTERN_BYTES // units))))),
-        parts=_groups(spans),
-        factors=torch.stack(list(factors.values())),
-        kept=lambda layers: max(4, min(_TOP, _TOP_BYTES // (3 * n * layers))),
-        on_progress=on_progress,
-    )
+
+    def planned(length: int, layers: int, units: int) -> Plan:
+        bins = max(8, min(_BINS, math.isqrt(_PATTERN_BYTES // units)))
+        kept = max(4, min(_TOP, _TOP_BYTES // (3 * n * layers)))
+        return Plan(_groups(_even(n, bins)), _groups(spans), _factors(torch.tensor(ids)), kept)
+
+    reducer = Reducer(planned=planned, on_progress=on_progress)
     with subject.evaluating(network), torch.inference_mode(), apply(network, reducer):
         Reader(network).read(ids)
-    found = dict(sorted(reducer.found.items()))
-    seeing = torch.arange(n, 0, -1) if reducer.causal else torch.full((n,), n)
-    highest = float(seeing.log().mean())  # entropy; a causal query sees as many keys as see the key at its mirror
+    found = reducer.reduced
+    seeing = torch.arange(n, 0, -1) if found.causal else torch.full((n,), n)
     return Inspection(
         model=str(model) if isinstance(model, str | Path) else subject.name_of(network),
         source=source,
         tokens=pieces,
         cut=len(every) > n,
-        causal=reducer.causal,
-        units=[unit for layer, kept in found.items() for unit in _units(layer, kept, tuple(factors), highest)],
-        edges=(0, *torch.bincount(reducer.groups).cumsum(0).tolist()),
-        patterns=torch.cat([layer.pattern for layer in found.values()]),
+        causal=found.causal,
+        # a causal query sees as many keys as there are queries that see the key at its mirror image
+        units=list(_units(found, highest=float(seeing.log().mean()))),
+        edges=(0, *torch.bincount(found.plan.groups).cumsum(0).tolist()),
+        patterns=found.patterns,
         spans=spans,
-        flow=torch.cat([layer.flow for layer in found.values()]),
-        received=torch.cat([layer.received for layer in found.values()]) / seeing,
-        top=torch.stack([layer.top for layer in found.values()]),
-        shares=torch.stack([layer.shares for layer in found.values()]),
+        flow=found.flow,
+        received=found.received / seeing,
+        top=found.top,
+        shares=found.shares,
     )
 
 
@@ -188,19 +187,18 @@ def _factors(ids: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _units(layer: int, kept: Reduced, factors: Sequence[str], highest: float) -> Iterator[Unit]:
-    entropies = kept.entropy.tolist()
-    for head, (entropy, values) in enumerate(zip(entropies, kept.figures.tolist(), strict=True)):
-        known = {name: round(value, 4) for name, value in zip(factors, values, strict=True)}
-        mean = head == len(entropies) - 1
+def _units(found: Reduced, highest: float) -> Iterator[Unit]:
+    for at, (layer, head) in enumerate(found.units):
+        entropy = float(found.entropy[at])
+        known = {name: round(float(values[at]), 4) for name, values in found.figures.items()}
         yield Unit(
             layer=layer,
-            head=None if mean else head,
+            head=head,
             entropy=round(entropy, 4),
             distance=known["distance"],
             first=known["first"],
             repetition=known["repetition"],
-            role=None if mean else role_of(known, entropy / highest),
+            role=None if head is None else role_of(known, entropy / highest),
         )
 
 

@@ -26,9 +26,13 @@ _RAMPS = {
     "dark": ("#232633", "#3d1f63", "#7a2482", "#bd3977", "#ee6b52", "#fdb366", "#fdf3c3"),
 }
 _CATEGORIES = {
-    "light": ("#8a6a4f", "#2f7bf0", "#259a5c", "#9aa4b8", "#d99409", "#9b59e6", "#dce0e9"),
-    "dark": ("#b08a68", "#5b9bff", "#3dbb78", "#6b7690", "#e5ac33", "#b57bf5", "#343a49"),
+    "light": ("#8a6a4f", "#2f7bf0", "#259a5c", "#9aa4b8", "#d99409", "#9b59e6", "#17a3a8", "#dce0e9"),
+    "dark": ("#b08a68", "#5b9bff", "#3dbb78", "#6b7690", "#e5ac33", "#b57bf5", "#35c3c6", "#343a49"),
 }
+#: over a picture, dim where little is looked at
+_OVERLAY = (
+    "rgba(8,6,24,.62)", "rgba(70,20,110,.6)", "rgba(180,40,120,.56)", "rgba(250,110,70,.55)", "rgba(255,225,120,.62)",
+)  # fmt: skip
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _SHARES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -201,6 +205,46 @@ def looks(layers: Sequence[int]) -> Figure:
             },
         },
     }  # fmt: skip
+
+
+def overlay(cells: tuple[int, int], count: int, columns: int) -> Figure:
+    """Pictures with a heat map of shares on top, in rows of so many; the page fills in picture, `z`, `text` and titles.
+
+    Each has its own colours, from 0 to its largest share. `aspect` is the whole figure's width over its height.
+    """
+    height, width = cells
+    lines = math.ceil(count / columns)
+    gap, room = (0.0, 0.0) if count == 1 else (0.012, 0.035 * columns)  # room for a title, in widths of a picture
+    wide, high = (1 - gap * (columns - 1)) / columns, 1 / lines
+    title = high * room / (height / width + room)
+    data: list[Figure] = []
+    titles: list[Figure] = []
+    pictures: list[Figure] = []
+    layout: Figure = {"margin": {"l": 0, "r": 0, "t": 0, "b": 0}, "annotations": titles, "images": pictures}
+    for at in range(count):
+        line, column = divmod(at, columns)
+        left, bottom = column * (wide + gap), 1 - (line + 1) * high
+        suffix = "" if at == 0 else str(at + 1)
+        x, y = f"x{suffix}", f"y{suffix}"
+        axis = {"showticklabels": False, "constrain": "domain"}
+        layout[f"xaxis{suffix}"] = {**axis, "domain": [left, left + wide], "range": [-0.5, width - 0.5], "anchor": y}
+        layout[f"yaxis{suffix}"] = {
+            **axis, "domain": [bottom, bottom + high - title], "range": [height - 0.5, -0.5],
+            "scaleanchor": x, "anchor": x,
+        }  # fmt: skip
+        titles.append({
+            "xref": "paper", "yref": "paper", "x": left, "y": bottom + high - title, "text": "", "showarrow": False,
+            "xanchor": "left", "yanchor": "bottom", "borderpad": 0, "font": {"size": 11},
+        })  # fmt: skip
+        pictures.append({
+            "xref": x, "yref": y, "x": -0.5, "y": -0.5, "sizex": width, "sizey": height,
+            "sizing": "stretch", "layer": "below",
+        })  # fmt: skip
+        data.append({
+            "type": "heatmap", "z": [], "xaxis": x, "yaxis": y, "zmin": 0, "showscale": False,
+            "colorscale": _scale(_OVERLAY), "hovertemplate": "%{text}<extra></extra>", "zsmooth": False,
+        })  # fmt: skip
+    return {"data": data, "layout": layout, "aspect": columns / lines / (height / width + room)}
 
 
 def _shares(x: Sequence[float], y: Sequence[float], gap: int = 0) -> Figure:

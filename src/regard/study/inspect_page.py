@@ -3,18 +3,19 @@
 import json
 import math
 from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from itertools import pairwise
+from typing import Any
 
 from torch import Tensor
 
 from regard.errors import require
 from regard.study import inspect_figures as figures
 from regard.study import png
+from regard.study.inspect import Inspection, Unit
 from regard.study.inspect_figures import Measure, percent
-
-if TYPE_CHECKING:
-    from regard.study.inspect import Inspection, Unit
+from regard.study.inspect_image import ImageInspection, ImageUnit
 
 #: what could end the data's element or begin another
 _UNSAFE = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
@@ -25,12 +26,18 @@ MEASURES = {
     "first token": Measure("first", "share of attention on the first token", percent, highest=1.0),
     "repetition": Measure("repetition", "share on what followed the token's earlier occurrences", percent, highest=1.0),
 }
+IMAGE_MEASURES = {
+    "entropy": Measure("entropy", "nats, mean over queries", lambda x: f"{x:.1f}"),
+    "distance": Measure("distance", "patches from query to key", lambda x: f"{x:.1f}"),
+    "class token": Measure("first", "share of the patches' attention on the tokens before them", percent, highest=1.0),
+    "nearby": Measure("near", "share of attention within two patches", percent, highest=1.0),
+    "same for all": Measure("same", "share of all attention on the four patches that get most", percent, highest=1.0),
+}
+#: a page opens with the first head of the first of these roles that occurs
+TELLING = ("repetition", "previous token", "row", "column", "nearby", "broad")
 
-#: the page opens with the first head of the first of these roles that occurs
-TELLING = ("repetition", "previous token", "nearby", "broad")
 
-
-def render(inspection: "Inspection") -> str:
+def render(inspection: Inspection | ImageInspection) -> str:
     """The page. Everything that comes from the model, the text or a file is escaped.
 
     Raises:
@@ -41,76 +48,133 @@ def render(inspection: "Inspection") -> str:
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    roles = inspection.ROLES
+    roles, shown = inspection.ROLES, data(inspection)
+    units: Sequence[figures.Unit] = inspection.units
+    reads = "text" if isinstance(inspection, Inspection) else "image"
     return environment.from_string(_source("inspect.html.jinja")).render(
         i=inspection,
-        heads=sum(unit.head is not None for unit in inspection.units),
-        data=_embedded(data(inspection)),
-        measures=["role", *MEASURES],
-        roles=[(role, about, sum(u.role == role for u in inspection.units)) for role, about in roles.items()],
+        reads=reads,
+        heads=sum(unit.head is not None for unit in units),
+        parts=len(shown["parts"]),
+        measures=list(shown["overview"]),
+        data=_embedded(shown),
+        roles=[(role, about, sum(unit.role == role for unit in units)) for role, about in roles.items()],
         themes=figures.THEMES,
         role_colours={theme: figures.role_colours(theme, len(roles)) for theme in figures.THEMES},
         library=library.replace("</script", "<\\/script"),
         style=_source("inspect.css"),
-        scripts=[_source("inspect.js"), _source("inspect_text.js")],
+        scripts=[_source("inspect.js"), _source(f"inspect_{reads}.js")],
     )
 
 
-def data(inspection: "Inspection") -> dict[str, Any]:
+def data(inspection: Inspection | ImageInspection) -> dict[str, Any]:
     """What the page's scripts read: figures for plotly, and shares as `levels`."""
-    i, units = inspection, inspection.units
-    parts = ["".join(i.tokens[a:b]) for a, b in zip(i.spans, i.spans[1:], strict=False)]
-    hover = [f"<b>{figures.named(unit)}</b><br>{_lines(unit)}" for unit in units]
+    i = inspection
+    units: Sequence[figures.Unit] = i.units
     return {
         "themes": {theme: figures.template(theme, len(i.ROLES)) for theme in figures.THEMES},
-        "overview": figures.overview(units, hover, list(i.ROLES), MEASURES),
-        "pattern": figures.pattern(i.edges, "tokens"),
-        "flow": figures.flow(parts),
-        "looks": figures.looks(i.layers),
         "names": [figures.named(unit) for unit in units],
-        "facts": [_facts(unit, i.ROLES) for unit in units],
         "rows": figures.rows(units),
         "start": next((at for role in TELLING for at, unit in enumerate(units) if unit.role == role), 0),
-        "groups": [
-            f"token {a}" if b == a + 1 else f"tokens {a} to {b - 1}" for a, b in zip(i.edges, i.edges[1:], strict=False)
-        ],
-        "parts": [f"{at + 1}  {_excerpt(part)}" for at, part in enumerate(parts)],
         "smallest": png.SMALLEST,
         "patterns": levels(i.patterns),
         "flows": levels(i.flow),
         "received": levels(i.received),
+        **(_text(i) if isinstance(i, Inspection) else _image(i)),
+    }
+
+
+def _text(i: Inspection) -> dict[str, Any]:
+    parts = ["".join(i.tokens[a:b]) for a, b in pairwise(i.spans)]
+
+    def lines(unit: Unit) -> list[str]:
+        return [
+            f"entropy {unit.entropy:.2f} nats",
+            f"mean distance {unit.distance:.0f} tokens",
+            f"{percent(unit.first)} on the first token",
+            f"{percent(unit.repetition)} on repetitions",
+        ]
+
+    return {
+        **_facts(i.units, list(map(lines, i.units)), i.ROLES, MEASURES),
+        "pattern": figures.pattern(i.edges, "tokens"),
+        "flow": figures.flow(parts),
+        "looks": figures.looks(i.layers),
+        "groups": [f"token {a}" if b == a + 1 else f"tokens {a} to {b - 1}" for a, b in pairwise(i.edges)],
+        "parts": [f"{at + 1}  {_excerpt(part)}" for at, part in enumerate(parts)],
         "tokens": i.tokens,
-        "edges": i.edges,
         "kept": i.top.shape[-1],
         "top": _base64(i.top.short()),
         "shares": levels(i.shares),
-    }  # fmt: skip
+    }
+
+
+def _image(i: ImageInspection) -> dict[str, Any]:
+    def lines(unit: ImageUnit) -> list[str]:
+        return [
+            f"entropy {unit.entropy:.2f} nats",
+            f"mean distance {unit.distance:.1f} patches",
+            *([f"{percent(unit.first)} on the class token"] if i.leading else []),
+            f"{percent(unit.near)} within two patches",
+            f"{percent(unit.same)} on the same four patches",
+        ]
+
+    measures = {name: m for name, m in IMAGE_MEASURES.items() if i.leading or m.attribute != "first"}
+    leading = ["class token", *(f"token {at}" for at in range(1, i.leading))][: i.leading]
+    (height, width), (rows, columns) = i.grid, i.cells
+    together = -(-height // rows)
+
+    def cell(row: int, column: int) -> str:
+        if together == 1:
+            return f"patch in row {row + 1}, column {column + 1}"
+        (top, left) = row * together, column * together
+        bottom, right = min(height, top + together), min(width, left + together)
+        return f"patches in rows {top + 1} to {bottom}, columns {left + 1} to {right}"
+
+    heads = max(map(len, figures.rows(i.units))) - 1
+    return {
+        **_facts(i.units, list(map(lines, i.units)), i.ROLES, measures),
+        "pattern": figures.pattern(range(i.leading + rows * columns + 1), "tokens, row by row", ticks=False),
+        "flow": figures.flow(i.regions),
+        "overlay": figures.overlay(i.cells, 1, 1),
+        "panels": {
+            "layers": figures.overlay(i.cells, len(i.layers), _columns(len(i.layers))),
+            "heads": figures.overlay(i.cells, heads, _columns(heads)),
+        },
+        "groups": [*leading, *(cell(row, column) for row in range(rows) for column in range(columns))],
+        "parts": [f"{at + 1}  {region}" for at, region in enumerate(i.regions)],
+        "layers": i.layers,
+        "leading": i.leading,
+        "cells": i.cells,
+        "picture": "data:image/jpeg;base64," + b64encode(i.picture).decode("ascii"),
+    }
+
+
+def _columns(count: int) -> int:
+    """Of pictures side by side."""
+    return next((columns for columns in (6, 5, 4) if count % columns == 0), min(count, 6))
+
+
+def _facts(
+    units: Sequence[figures.Unit],
+    lines: Sequence[Sequence[str]],
+    roles: Mapping[str, str],
+    measures: Mapping[str, Measure],
+) -> dict[str, Any]:
+    """What the page says of each head, and the overview of all."""
+    hover, facts = [], []
+    for unit, known in zip(units, lines, strict=True):
+        role = [] if unit.role is None else [unit.role]
+        hover.append("<br>".join([f"<b>{figures.named(unit)}</b>", *role, *known]))
+        about = f"{unit.role.capitalize()}: {roles[unit.role]}. " if unit.role is not None else ""
+        facts.append(about + "; ".join(known).capitalize() + ".")
+    return {"facts": facts, "overview": figures.overview(units, hover, list(roles), measures)}
 
 
 def levels(shares: Tensor) -> str:
     """Shares as bytes in base64: 0 for nothing, 1 to 255 logarithmically from `png.SMALLEST` to 1."""
     part = 1 - shares.clamp(min=1e-12).log10() / math.log10(png.SMALLEST)
     return _base64((1 + (part.clamp(0, 1) * 254).round()).where(shares > 0, 0).byte())
-
-
-def _facts(unit: "Unit", roles: dict[str, str]) -> str:
-    role = "" if unit.role is None else f"{unit.role.capitalize()}: {roles[unit.role]}. "
-    return (
-        f"{role}Entropy {unit.entropy:.2f} nats; mean distance {unit.distance:.0f} tokens; {percent(unit.first)} "
-        f"on the first token; {percent(unit.repetition)} on repetitions."
-    )
-
-
-def _lines(unit: "Unit") -> str:
-    return "<br>".join(
-        (
-            *([] if unit.role is None else [unit.role]),
-            f"entropy {unit.entropy:.2f} nats",
-            f"distance {unit.distance:.0f} tokens",
-            f"first token {percent(unit.first)}",
-            f"repetition {percent(unit.repetition)}",
-        )
-    )
 
 
 def _excerpt(text: str, longest: int = 64) -> str:
