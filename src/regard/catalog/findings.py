@@ -4,4 +4,5 @@
 FINDINGS: dict[str, str] = {
     "in-context": "Which predictor the heads of in-context regression become",
     "random-features": "What one attention layer of random features learns, and from how many samples",
+    "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",
 }

@@ -234,10 +234,12 @@ def detect_retrieval_heads(
         with regard.apply(model, MaskHeads(targets=found.ranking()[:10])): ...
 
     Args:
+        model, tokenizer: a causal language model of transformers, and what decodes its tokens.
         runs: see `regard.tasks.needle_run`.
         threshold: see `HeadScores`.
         topk, unique: see `RetrievalScore`.
         min_recall: a run counts when the response's recall of the answer is greater.
+        max_new_tokens: of a response, at most.
         methods: applied while it runs.
         on_progress: called with runs done and their number.
 
