@@ -5,4 +5,5 @@ FINDINGS: dict[str, str] = {
     "in-context": "Which predictor the heads of in-context regression become",
     "random-features": "What one attention layer of random features learns, and from how many samples",
     "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",
+    "vit-head-analytics": "Which heads of vision transformers matter, how far they look, and their patterns",
 }
