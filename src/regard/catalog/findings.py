@@ -2,6 +2,7 @@
 
 #: name -> what it shows, in a line; the module in `regard.study.findings` has underscores for its hyphens
 FINDINGS: dict[str, str] = {
+    "disrt": "Who notices that the arrangement of a picture is gone",
     "in-context": "Which predictor the heads of in-context regression become",
     "random-features": "What one attention layer of random features learns, and from how many samples",
     "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",
