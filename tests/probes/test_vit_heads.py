@@ -112,6 +112,31 @@ def test_importance_is_what_pruning_costs(labelled):
                 assert found[name][layer, head].item() == pytest.approx(expected, abs=1e-6), (name, layer, head)
 
 
+def test_of_timm():
+    """Against the model with that head's columns of the projection set to zero."""
+    from tests.timm_shim import timm
+
+    torch.manual_seed(0)
+    size = DIM // HEADS
+    model = timm.models.VisionTransformer(
+        img_size=12, patch_size=4, in_chans=1, num_classes=4, embed_dim=DIM, depth=2, num_heads=HEADS
+    ).eval()
+    nn.init.normal_(model.head.weight)  # timm's is too small to tell anything apart
+    images = toy(5, 0)[0]
+    found = HeadImportance(model)(images)
+    with torch.no_grad():
+        full = model(images).double().softmax(-1)
+        for layer in range(2):
+            weight = model.blocks[layer].attn.proj.weight
+            before = weight.clone()
+            for head in range(HEADS):
+                weight[:, head * size : (head + 1) * size] = 0
+                expected = js_divergence(full, model(images).double().softmax(-1)).mean().item()
+                weight.copy_(before)
+                assert expected > 1e-6
+                assert found["jsd"][layer, head].item() == pytest.approx(expected, rel=1e-3)
+
+
 def test_as_many_forwards_as_heads_and_one():
     model, calls = vit(), []
     model.register_forward_hook(lambda *_: calls.append(1))
