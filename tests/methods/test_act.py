@@ -193,6 +193,9 @@ def test_beta_one_is_the_model() -> None:
     want = model(x).logits
     with regard.apply(model, ACT(beta=1.0, threshold=0.05)):
         torch.testing.assert_close(model(x).logits, want, atol=1e-5, rtol=1e-5)
+    for nothing in ({}, {1: []}):
+        with regard.apply(model, ACT(only_heads=nothing)):
+            torch.testing.assert_close(model(x).logits, want, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 
 #: name -> what it shows, in a line; the module in `regard.study.findings` has underscores for its hyphens
 FINDINGS: dict[str, str] = {
+    "act": "Attention sinks inside the text, and what calibrating them is worth",
     "disrt": "Who notices that the arrangement of a picture is gone",
+    "generative-ai-paradox": "What models produce, beside what they recognise",
     "in-context": "Which predictor the heads of in-context regression become",
     "random-features": "What one attention layer of random features learns, and from how many samples",
     "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",

@@ -11,7 +11,6 @@ from regard.errors import ArgumentError
 from regard.tasks.metrics import negative_log_likelihood
 from regard.tasks.text import opening, tokenize
 
-
 #: in brackets; or a word of its own, where "A" is no article
 _LETTER = re.compile(r"(?<=\()[A-Za-z](?=\))|\b(?:[B-Z]|A(?!\s+(?!or\b|and\b)[a-z]))\b")
 
