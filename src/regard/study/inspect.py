@@ -115,7 +115,8 @@ def inspect(
 ) -> Inspection:
     """Run a language model once over a text and keep where it looked.
 
-        regard.study.inspect("smollm2", text=Path("letter.txt")).report("inspect.html")
+        from regard.study.inspect import inspect
+        inspect("smollm2", text=Path("letter.txt")).report("inspect.html")
 
     Args:
         model: a name or path as `regard.study.models.load` takes it, or a loaded (model, tokenizer).

@@ -116,7 +116,8 @@ def inspect_image(
 ) -> ImageInspection:
     """Run a vision transformer once over a picture and keep where it looked.
 
-        regard.study.inspect_image("vit-s", image=Path("cat.jpg")).report("inspect.html")
+        from regard.study.inspect_image import inspect_image
+        inspect_image("vit-s", image=Path("cat.jpg")).report("inspect.html")
 
     Args:
         model: a name as `regard.study.models.load_vision` takes it; a folder or an id on the Hugging Face Hub of a
