@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -14,6 +15,7 @@ from regard.probes import (
     deletion_curve,
     explanation_correlation,
     pool_saliency,
+    record,
 )
 
 
@@ -31,6 +33,23 @@ def test_aggregation_is_the_mean_of_the_chosen() -> None:
     torch.testing.assert_close(aggregate_cross_attention(maps, pairs=[(0, 0), (1, 2)]), pair)
     batched = noise(2, 4, 5, 6)
     assert aggregate_cross_attention([batched]).shape == (2, 5, 6)
+
+
+def test_cross_attention_is_taken_from_a_recording() -> None:
+    config = {f"{part}_{name}": 2 for part in ("encoder", "decoder") for name in ("layers", "attention_heads")}
+    config |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 8, "vocab_size": 9, "conv_channels": 8}
+    torch.manual_seed(0)
+    speech = transformers.Speech2TextForConditionalGeneration(
+        transformers.Speech2TextConfig(**config, input_feat_per_channel=4, max_source_positions=32)
+    ).eval()
+    inputs = {"input_features": torch.randn(1, 20, 4), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
+    found = aggregate_cross_attention(record(speech, inputs, queries="all"), [1], [0])
+    speech.set_attn_implementation("eager")
+    with torch.no_grad():
+        maps = speech(**inputs, output_attentions=True).cross_attentions
+    assert found.shape == (1, 3, 5)
+    torch.testing.assert_close(found, maps[1][:, 0])
+    torch.testing.assert_close(aggregate_cross_attention(maps, [1], [0]), found)
 
 
 def test_pooling() -> None:

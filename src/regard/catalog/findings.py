@@ -4,9 +4,11 @@
 FINDINGS: dict[str, str] = {
     "act": "Attention sinks inside the text, and what calibrating them is worth",
     "disrt": "Who notices that the arrangement of a picture is gone",
+    "gcog": "What attention between a rule and a scene is good for, and what it does not bring",
     "generative-ai-paradox": "What models produce, beside what they recognise",
     "in-context": "Which predictor the heads of in-context regression become",
     "random-features": "What one attention layer of random features learns, and from how many samples",
     "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",
+    "s2t-cross-attention": "How much of a speech model's saliency its cross-attention shows",
     "vit-head-analytics": "Which heads of vision transformers matter, how far they look, and their patterns",
 }

@@ -25,7 +25,8 @@ def aggregate_cross_attention(
 
     Args:
         atts: by layer, maps (..., H, I, T') after the softmax: a tensor with the layers first, a sequence (such as
-            transformers' ``cross_attentions``), a mapping, or a `Recording` made with ``queries="all"``.
+            transformers' ``cross_attentions``), a mapping, or a `Recording` made with ``queries="all"``, of which the
+            cross-attention is taken where there is some, counted by decoder layers.
         layers, heads: which; all by default.
         pairs: (layer, head) instead, any set of them.
 
@@ -49,7 +50,8 @@ def aggregate_cross_attention(
 
 def _by_layer(atts: Attention) -> dict[int, Tensor]:
     if isinstance(atts, Recording):
-        return {i: layer.rows for i, layer in atts.layers.items()}
+        cross = [layer.rows for layer in atts.layers.values() if layer.kind == "cross"]
+        return dict(enumerate(cross)) if cross else {i: layer.rows for i, layer in atts.layers.items()}
     found = {**atts} if isinstance(atts, Mapping) else dict(enumerate(atts))
     for i, maps in found.items():
         if maps.dim() < 3:
