@@ -17,7 +17,10 @@ Scores = Sequence[float] | Tensor
 
 @dataclass(frozen=True, eq=False)
 class ParadoxReport:
-    """Scores of one answerer, the same T items in the same order in all of them.
+    """Scores of one answerer, the same T items in the same order in all of them (arXiv:2311.00059).
+
+    With generation g and understanding s by item: G = mean g, U = mean s, gap = G - U, correlation = Pearson r of g and
+    s, brittleness = mean of s_easy - s_hard; each with a paired bootstrap interval, and its difference from people's.
 
         ParadoxReport(generation=g, selective_easy=easy, selective_hard=hard).summary()["gap_hard"]["estimate"]
 
