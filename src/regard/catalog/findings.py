@@ -7,6 +7,7 @@ FINDINGS: dict[str, str] = {
     "gcog": "What attention between a rule and a scene is good for, and what it does not bring",
     "generative-ai-paradox": "What models produce, beside what they recognise",
     "in-context": "Which predictor the heads of in-context regression become",
+    "preplan-anchor": "What the rhythm of attention says about generated tokens, and what credit from it is worth",
     "random-features": "What one attention layer of random features learns, and from how many samples",
     "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",
     "s2t-cross-attention": "How much of a speech model's saliency its cross-attention shows",
