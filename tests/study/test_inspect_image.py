@@ -222,8 +222,10 @@ def test_refusals(tmp_path) -> None:
 
 def test_plotly_knows_every_property_of_the_figures(found) -> None:
     read = embedded(render(found))
-    shown = {**read["overview"], **read["panels"], **{name: read[name] for name in ("pattern", "flow", "overlay")}}
-    assert {"role", "same for all", "pattern", "flow", "layers", "heads"} <= set(shown)
+    shown = {**read["overview"], **{name: read[name] for name in ("pattern", "flow", "overlay")}}
+    assert {"role", "same for all", "pattern", "flow", "overlay"} <= set(shown)
+    shown |= {f"{name} {at}": figure for name, both in read["panels"].items() for at, figure in enumerate(both)}
+    assert [len(shown[name]["data"]) for name in ("layers 0", "layers 1", "heads 0", "heads 1")] == [3, 3, 4, 4]
     for theme in read["themes"].values():
         for figure in shown.values():
             go.Figure({"data": figure["data"], "layout": {**figure["layout"], "template": theme}})

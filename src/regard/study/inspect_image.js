@@ -37,9 +37,11 @@ views.push(() => {
     input.checked = input.value === (state.query === null ? "all" : state.query < leading ? "class" : "patch");
   });
 });
+const narrow = matchMedia("(max-width: 60rem)");
+narrow.addEventListener("change", update);
 views.push(() => {
   const of = state.panels === "layers" ? page.rows.map(row => row.at(-1)) : page.rows[rowOf(state.unit)].slice(0, -1);
-  const figure = page.panels[state.panels], count = of.length;
+  const figure = page.panels[state.panels][narrow.matches ? 1 : 0], count = of.length;
   const title = unit => (state.panels === "layers" ? "layer " + page.layers[rowOf(unit)] : "head " + page.rows[rowOf(unit)].indexOf(unit)) +
     (leading ? " · " + percent(before(unit)) + " class" : "");
   const whole = {data: figure.data.slice(0, count), layout: {...figure.layout, annotations: figure.layout.annotations.slice(0, count), images: figure.layout.images.slice(0, count)}};

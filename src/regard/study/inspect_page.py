@@ -138,8 +138,8 @@ def _image(i: ImageInspection) -> dict[str, Any]:
         "flow": figures.flow(i.regions),
         "overlay": figures.overlay(i.cells, 1, 1),
         "panels": {
-            "layers": figures.overlay(i.cells, len(i.layers), _columns(len(i.layers))),
-            "heads": figures.overlay(i.cells, heads, _columns(heads)),
+            "layers": [figures.overlay(i.cells, len(i.layers), _columns(len(i.layers), most)) for most in (6, 3)],
+            "heads": [figures.overlay(i.cells, heads, _columns(heads, most)) for most in (6, 3)],
         },
         "groups": [*leading, *(cell(row, column) for row in range(rows) for column in range(columns))],
         "parts": [f"{at + 1}  {region}" for at, region in enumerate(i.regions)],
@@ -150,9 +150,9 @@ def _image(i: ImageInspection) -> dict[str, Any]:
     }
 
 
-def _columns(count: int) -> int:
-    """Of pictures side by side."""
-    return next((columns for columns in (6, 5, 4) if count % columns == 0), min(count, 6))
+def _columns(count: int, most: int) -> int:
+    """Of pictures side by side, so that the last line is full if that can be."""
+    return next((columns for columns in range(most, most // 2, -1) if count % columns == 0), min(count, most))
 
 
 def _facts(
