@@ -92,11 +92,18 @@ def explanation_correlation(
     frame_norm: bool = False,
     method: Literal["pearson", "spearman"] = "pearson",
 ) -> Tensor:
-    """Correlation ρ of flattened maps: attention (..., I, T') and saliency (..., I, T'), which broadcast, to (...).
+    """How much of a saliency attention shows (arXiv:2509.18010): the correlation ρ of the two maps, flattened.
 
-    A map without any variation has ρ = 0: it explains nothing.
+        ρ(CA, SM) over all (i, t):  token i's attention to encoder frame t, and what hiding t does to token i
+
+    Of the input (SM-X: `slic_masks`, `occlusion_saliency`, `standardise_token_maps`, `pool_saliency`) or of the
+    encoder's output (SM-H: `frame_masks` instead, and no pooling). Attention comes from `aggregate_cross_attention` of
+    a `regard.record(model, ..., queries="all")`. Average ρ over utterances. A map without any variation has ρ = 0: it
+    explains nothing.
 
     Args:
+        att: (..., I, T') attention of I tokens to T' frames.
+        saliency: (..., I, T'); leading axes broadcast, and are those of the result.
         frame_norm: attention to each frame is first taken to mean 0 and standard deviation 1 over the tokens, which
             removes frames that get much from all of them (sinks).
         method: "pearson", of the numbers, or "spearman", of their ranks (ties share the mean rank).
