@@ -12,4 +12,5 @@ FINDINGS: dict[str, str] = {
     "retrieval-heads": "Which heads of a language model copy facts out of its context, and what it knows without them",
     "s2t-cross-attention": "How much of a speech model's saliency its cross-attention shows",
     "vit-head-analytics": "Which heads of vision transformers matter, how far they look, and their patterns",
+    "moa-sparse": "Spans of its own for every head of SmolLM2, beside equal windows of the same memory",
 }

@@ -99,7 +99,7 @@ def optimise_plan(
         if len(choices) <= p:
             raise ArgumentError(
                 f"bounds: no choice of rules costs from {lowest.tolist()} to {limit.tolist()} in all; "
-                "change the bounds or lower_ratio, or offer other rules"
+                "change the bounds or lower_ratio, offer other rules, or give it more time than time_limit"
             )
     reached = np.array([program.total(choice) for choice in choices])
     edges = np.linspace(reached.min(0), reached.max(0), points)
