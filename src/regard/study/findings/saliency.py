@@ -157,7 +157,7 @@ def _convolutions(size: Mapping[str, int], seed: int, say: Callable[[str, int], 
         pointed[name] = attribution.mean_and_error(torch.cat(hits))
     torch.manual_seed(seed)
     nets = {"trained": model, "random": subjects.folded(subjects.small_network())}
-    kinds = {"NormGrad": normgrad, "linear approximation": linear_approx}
+    kinds: dict[str, Any] = {"NormGrad": normgrad, "linear approximation": linear_approx}
     rho = {
         who: {
             kind: [class_sensitivity(partial(make, layers=[at]), net, x) for at in _LAYERS]

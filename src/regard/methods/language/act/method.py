@@ -37,8 +37,8 @@ class ACT(CachePolicy):
     end of its piece. A column average counts every later query of the text, also where another method hides the key.
 
     Args:
-        only_heads: by layer, the heads to calibrate, as `search_heads` finds them; None takes every head of `layers`, an
-            empty mapping none.
+        only_heads: by layer, the heads to calibrate, as `search_heads` finds them; None takes every head of `layers`,
+            an empty mapping none.
         beta: share of their weight that sinks keep.
         threshold: what makes a sink: a mean weight, or ``"5/N"`` for five times the uniform weight (the paper's form).
         protect_first: leave each head's first sink alone.
