@@ -66,7 +66,7 @@ lint: install  ## ruff and mypy
 	@$(BIN)/mypy
 
 docs: install  ## write a page for every system that works, into docs/systems
-	@$(BIN)/python -m regard.catalog.write_pages docs/systems
+	@$(BIN)/python -m regard.catalog.write_pages docs
 	@$(BIN)/python -m regard.study.pictures docs/systems/pictures
 
 bench: install  ## print the benchmarks' tables

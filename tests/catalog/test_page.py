@@ -8,7 +8,7 @@ import torch
 
 from regard import catalog
 from regard.catalog.page import argument_help, example, page
-from regard.catalog.write_pages import pages
+from regard.catalog.write_pages import findings_index, pages
 from regard.errors import Unsupported
 
 FOLDER = Path(__file__).parents[2] / "docs" / "systems"
@@ -19,6 +19,7 @@ BACKBONES = [s for s in WORKING if s.models and hasattr(s.load(), "forward_featu
 def test_the_committed_pages_are_what_the_code_says() -> None:
     """`make docs` writes them."""
     assert {path.name: path.read_text() for path in FOLDER.glob("*.md")} == pages()
+    assert (FOLDER.parent / "studies" / "findings" / "README.md").read_text() == findings_index()
 
 
 @pytest.mark.parametrize("system", WORKING, ids=[system.slug for system in WORKING])
