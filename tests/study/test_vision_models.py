@@ -88,7 +88,7 @@ def test_preprocessing_of_tensors(vit_s):
 
 
 def test_refusals(vit_s, monkeypatch, tmp_path):
-    with pytest.raises(ArgumentError, match="model must be one of vit-s, got 'vit-x'"):
+    with pytest.raises(ArgumentError, match=r"model: cannot load 'vit-x' \(by name: vit-s\)"):
         models.load_vision("vit-x")
     with pytest.raises(ArgumentError, match="dtype must be one of"):
         models.load_vision("vit-s", dtype="int8")

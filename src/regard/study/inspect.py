@@ -14,6 +14,7 @@ from regard.errors import ArgumentError
 from regard.sites import apply
 from regard.study import subject
 from regard.study.inspect_weights import Plan, Reduced, Reducer
+from regard.study.inspected import Inspected
 from regard.study.reading import Reader
 from regard.tasks.text import opening, tokenize
 
@@ -55,7 +56,7 @@ class Unit:
 
 
 @dataclass(frozen=True, eq=False)
-class Inspection:
+class Inspection(Inspected):
     """What `inspect` returns.
 
     Attributes:
@@ -86,22 +87,7 @@ class Inspection:
     top: Tensor
     shares: Tensor
 
-    ROLES: ClassVar[dict[str, str]] = ROLES
-
-    @property
-    def layers(self) -> list[int]:
-        """Their indices in the model."""
-        return [unit.layer for unit in self.units if unit.head is None]
-
-    def report(self, path: str | Path) -> None:
-        """Write one HTML page that needs nothing else.
-
-        Raises:
-            MissingExtra: plotly or jinja2 is not installed.
-        """
-        from regard.study.inspect_page import render
-
-        Path(path).write_text(render(self), encoding="utf-8")
+    ROLES: ClassVar[Mapping[str, str]] = ROLES
 
 
 def inspect(

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from regard.study import png
+from regard.study.inspected import Unit
 
 Figure = dict[str, Any]
 
@@ -35,17 +36,6 @@ _OVERLAY = (
 )  # fmt: skip
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif'
 _SHARES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-
-
-class Unit(Protocol):
-    """A head or, where `head` is None, the mean over a layer's heads."""
-
-    @property
-    def layer(self) -> int: ...
-    @property
-    def head(self) -> int | None: ...
-    @property
-    def role(self) -> str | None: ...
 
 
 @dataclass(frozen=True)

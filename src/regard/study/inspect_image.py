@@ -16,6 +16,7 @@ from regard.errors import ArgumentError, MissingExtra, Unsupported, require
 from regard.sites import apply
 from regard.study import models, subject
 from regard.study.inspect_weights import Plan, Reduced, Reducer
+from regard.study.inspected import Inspected
 from regard.study.vision_models import Preprocessing
 
 _PATTERN_BYTES = 6 * 2**20  # of the page, before base64
@@ -59,7 +60,7 @@ class ImageUnit:
 
 
 @dataclass(frozen=True, eq=False)
-class ImageInspection:
+class ImageInspection(Inspected):
     """What `inspect_image` returns.
 
     Attributes:
@@ -88,22 +89,7 @@ class ImageInspection:
     flow: Tensor
     received: Tensor
 
-    ROLES: ClassVar[dict[str, str]] = IMAGE_ROLES
-
-    @property
-    def layers(self) -> list[int]:
-        """Their indices in the model."""
-        return [unit.layer for unit in self.units if unit.head is None]
-
-    def report(self, path: str | Path) -> None:
-        """Write one HTML page that needs nothing else.
-
-        Raises:
-            MissingExtra: plotly or jinja2 is not installed.
-        """
-        from regard.study.inspect_page import render
-
-        Path(path).write_text(render(self), encoding="utf-8")
+    ROLES: ClassVar[Mapping[str, str]] = IMAGE_ROLES
 
 
 def inspect_image(
@@ -120,10 +106,8 @@ def inspect_image(
         inspect_image("vit-s", image=Path("cat.jpg")).report("inspect.html")
 
     Args:
-        model: a name as `regard.study.models.load_vision` takes it; a folder or an id on the Hugging Face Hub of a
-            transformers model that reads pictures; or a loaded (model, `Preprocessing`), also of timm. Pictures are
-            scaled and cut in the middle to the size in the model's configuration, and normalised as its preprocessor
-            is configured, or to -1..1 where it has none.
+        model: a name or path as `regard.study.models.load_vision` takes it, or a loaded (model, `Preprocessing`), also
+            of timm.
         image: the `Path` of a picture, or a picture: PIL's, or a uint8 array (H, W, 3). If None, a photograph that
             comes with scikit-image or scikit-learn.
         device, dtype: where and as what to load the model; a model that is loaded stays as it is.
@@ -217,34 +201,10 @@ def _network(model: Any, device: str | torch.device, dtype: str | torch.dtype) -
         if isinstance(model[1], Preprocessing):
             name = getattr(getattr(model[0], "config", None), "name_or_path", "") or type(model[0]).__name__
             return *model, name
-    elif model in models.BUNDLED_VISION:
+    elif isinstance(model, str | Path):
         loaded = models.load_vision(model, device=device, dtype=dtype)
         return loaded.network, loaded.preprocess, loaded.label
-    elif isinstance(model, str | Path):
-        network, preprocess = _from_folder(str(model), models.as_device(device), models.as_dtype(dtype))
-        return network, preprocess, str(model)
     raise ArgumentError(f"model must be a name, a path or (model, Preprocessing), got {type(model).__name__}")
-
-
-def _from_folder(model: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, Preprocessing]:
-    transformers = require("transformers", "load vision models")
-    try:
-        with models._quiet(transformers):
-            network = transformers.AutoModel.from_pretrained(model, dtype=dtype)
-            try:
-                configured, _ = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(model)
-            except OSError:  # there is none
-                configured = {}
-    except Exception as error:  # the loaders raise whatever a broken file leads to
-        raise ArgumentError(f"model: cannot load {model!r}: {models._first_line(error)}") from error
-    network = getattr(network, "vision_model", network)  # of a model of pictures and text
-    size = getattr(network.config, "image_size", None)
-    if size is None or network.main_input_name != "pixel_values":
-        raise Unsupported(f"model: {model!r} is a {type(network).__name__}, which does not read pictures of one size")
-    size = size if isinstance(size, int) else max(size)
-    grey = (0.5, 0.5, 0.5)
-    mean, std = (tuple(configured.get(name) or grey) for name in ("image_mean", "image_std"))
-    return network.eval().to(device), Preprocessing(size, mean, std, fit="crop")
 
 
 def _patch(network: Any) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from regard.errors import require
 from regard.study import inspect_figures as figures
-from regard.study import png
+from regard.study import inspected, png
 from regard.study.inspect import Inspection, Unit
 from regard.study.inspect_figures import Measure, percent
 from regard.study.inspect_image import ImageInspection, ImageUnit
@@ -49,7 +49,7 @@ def render(inspection: Inspection | ImageInspection) -> str:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
     roles, shown = inspection.ROLES, data(inspection)
-    units: Sequence[figures.Unit] = inspection.units
+    units: Sequence[inspected.Unit] = inspection.units
     reads = "text" if isinstance(inspection, Inspection) else "image"
     return environment.from_string(_source("inspect.html.jinja")).render(
         i=inspection,
@@ -70,7 +70,7 @@ def render(inspection: Inspection | ImageInspection) -> str:
 def data(inspection: Inspection | ImageInspection) -> dict[str, Any]:
     """What the page's scripts read: figures for plotly, and shares as `levels`."""
     i = inspection
-    units: Sequence[figures.Unit] = i.units
+    units: Sequence[inspected.Unit] = i.units
     return {
         "themes": {theme: figures.template(theme, len(i.ROLES)) for theme in figures.THEMES},
         "names": [figures.named(unit) for unit in units],
@@ -156,7 +156,7 @@ def _columns(count: int, most: int) -> int:
 
 
 def _facts(
-    units: Sequence[figures.Unit],
+    units: Sequence[inspected.Unit],
     lines: Sequence[Sequence[str]],
     roles: Mapping[str, str],
     measures: Mapping[str, Measure],

