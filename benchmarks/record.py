@@ -1,4 +1,5 @@
-"""`regard.record` on SmolLM2: time and extra memory beside a plain forward, and what holding all weights would need.
+"""`regard.record` on SmolLM2: time and extra memory beside a plain forward, and what holding all weights would need;
+before that, how far its statistics are from those of the weights that eager attention gives.
 
 python benchmarks/record.py [--lengths 1024 4096 8192]
 """
@@ -27,12 +28,34 @@ def measured(run: Callable[[], object]) -> tuple[float, int]:
     return seconds, memory.bytes
 
 
+def difference(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
+    """The largest difference of each statistic from that of eager attention's weights."""
+    found = regard.record(model, ids, queries=[-1])
+    model.set_attn_implementation("eager")  # type: ignore[operator]
+    with torch.no_grad():
+        attentions = model(ids, output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    largest: dict[str, float] = {}
+    for layer, weights in zip(found.layers.values(), attentions, strict=True):
+        expected = {
+            "received": (layer.received, weights.sum(2) / torch.arange(ids.shape[1], 0, -1)),
+            "entropy": (layer.entropy, torch.special.entr(weights).sum(-1)),
+            "peak": (layer.peak, weights.amax(-1)),
+            "rows": (layer.rows, weights[:, :, -1:]),
+        }
+        for name, (a, b) in expected.items():
+            largest[name] = max(largest.get(name, 0.0), float((a - b).abs().max()))
+    return largest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 8192])
     args = parser.parse_args()
     model, tokenizer = load("smollm2")
     config = model.config
+    apart = difference(model, torch.tensor([tokenize(tokenizer, english(), 512)]))
+    print("512 tokens, from eager attention: " + ", ".join(f"{name} {value:.1e}" for name, value in apart.items()))
     table = Table("tokens", "forward s", "record s", "forward extra MB", "record extra MB", "all weights GB")
     for n in args.lengths:
         ids = torch.tensor([tokenize(tokenizer, english(), n)])
