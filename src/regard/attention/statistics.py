@@ -10,7 +10,8 @@ from regard.attention.problem import Problem, checked
 from regard.errors import ArgumentError, ShapeError
 from regard.masks import Mask
 
-_CHUNK_WEIGHTS = 2**21  # weights held at once: 8 MB in float32
+_CHUNK_WEIGHTS = 2**20  # weights held at once: 4 MB in float32, twice
+_ROUND = 256  # numbers of keys are rounded up to multiples of it
 
 
 @dataclass(eq=False)
@@ -45,6 +46,7 @@ def distance_edges(length: int) -> tuple[int, ...]:
     return tuple(edges)
 
 
+@torch.no_grad()
 def statistics(
     query: Tensor,
     key: Tensor,
@@ -104,10 +106,11 @@ def statistics(
         top_weights=zeros(len(top), kept),
     )
     at_rows, at_top = (torch.as_tensor(list(queries), dtype=torch.long) for queries in (rows, top))
-    for part, w in _weights(p, chosen, valid):
+    for part, w, spare in _weights(p, chosen, valid):
         keys = slice(0, w.shape[-1])
+        found.entropy[:, :, part] = torch.special.entr(w, out=spare).sum(-1)
+        w = w.float()
         found.mass[..., keys] += w.sum(2)
-        found.entropy[:, :, part] = torch.special.entr(w).sum(-1)
         found.peak[:, :, part] = w.amax(-1)
         found.distance += w.flatten(2) @ _bins(places[p.m - p.n :][part], places[keys], edges)
         if spans is not None:
@@ -134,30 +137,37 @@ def _bins(of: Tensor, to: Tensor, edges: Tensor) -> Tensor:
     return (bin_of.reshape(-1, 1) == torch.arange(len(edges) - 1, device=of.device)).float()
 
 
-def _weights(p: Problem, heads: list[int], valid: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """(queries, their weights (B, H, n, m)), m being the keys up to the last that some of them see."""
+def _weights(p: Problem, heads: list[int], valid: Tensor | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """(queries, their weights (B, H, n, m), spare memory of that shape), m being the keys that some of them see.
+
+    All parts share the same two buffers: blocks of ever other sizes would leave the heap in pieces.
+    """
     dtype = torch.promote_types(p.query.dtype, torch.float32)
     groups, query, key = p.groups, p.query, p.key
     if heads != list(range(p.heads)):
         groups, query, key = 1, query[:, heads], key[:, [head // groups for head in heads]]
-    chunk = max(1, _CHUNK_WEIGHTS // max(1, p.batch * len(heads) * p.m))
+    key = key.to(dtype).flatten(0, 1).contiguous()  # (B Hk, M, D)
+    rows = p.batch * len(heads)
+    chunk = min(p.n, max(1, _CHUNK_WEIGHTS // max(1, rows * p.m)))
+    scores, shares = torch.empty(2, rows * chunk * p.m, dtype=dtype, device=p.device)
     for start in range(0, p.n, chunk):
         part = slice(start, min(start + chunk, p.n))
-        allowed = p.allowed(part)
-        m = p.m
+        n, m, allowed = part.stop - start, p.m, p.allowed(part)
         if allowed is not None:
             seen = allowed.flatten(0, -2).any(0).nonzero()
-            m = int(seen[-1]) + 1 if len(seen) else 1
-        q = query[:, :, part].to(dtype).unflatten(1, (-1, groups))
-        s = (q @ key[:, :, :m].to(dtype).unsqueeze(2).mT * p.scale).flatten(1, 2)
+            m = min(p.m, _ROUND * (int(seen[-1]) // _ROUND + 1)) if len(seen) else 1
+        s, w = (buffer[: rows * n * m].view(p.batch, len(heads), n, m) for buffer in (scores, shares))
+        q = (query[:, :, part].to(dtype) * p.scale).reshape(-1, groups * n, query.shape[-1])
+        torch.bmm(q, key[:, :m].mT, out=s.view(-1, groups * n, m))
         if (bias := p.bias_rows(part)) is not None:
-            s = s + _of(bias, heads)[..., :m]
+            s += _of(bias, heads)[..., :m]
         if allowed is not None:
-            s = s.masked_fill(~_of(allowed, heads)[..., :m], -torch.inf)
-        w = s.softmax(-1).nan_to_num_(0.0)  # nan: a query that sees nothing
+            s.masked_fill_(~_of(allowed, heads)[..., :m], -torch.inf)
+        torch.softmax(s, -1, out=w)
+        w.nan_to_num_(0.0)  # nan: a query that sees nothing
         if valid is not None:
-            w = w * valid[:, None, part, None]
-        yield part, w.float()
+            w *= valid[:, None, part, None]
+        yield part, w, s
 
 
 def _of(terms: Tensor, heads: list[int]) -> Tensor:
