@@ -36,7 +36,7 @@ def check(golden: Golden) -> Iterable[Comparison]:
         for name, count in heads.items()
     )
     rotary = Rotary(Angles(kwargs["head_dim"], kwargs["rope_theta"]))
-    site = Site(0, "attention", nn.Identity(), None, rotary)
+    site = Site(0, 0, "attention", nn.Identity(), rotary=rotary)
     method, layer = StreamingLLM(start_size=start, recent_size=recent), SinkLayer(start, recent)
 
     outputs, lengths = [], []

@@ -18,7 +18,7 @@ def check(golden: Golden) -> Iterable[Comparison]:
     cos, sin = inputs["cos"][:, None], inputs["sin"][:, None]
     tokens = cos.shape[2]
 
-    sites = [Site(i, f"layers.{i}", torch.nn.Identity(), None, None) for i in range(kwargs["num_layers"])]
+    sites = [Site(i, i, f"layers.{i}", torch.nn.Identity()) for i in range(kwargs["num_layers"])]
     layers = [TrackedLayer(raw_keys=True) for _ in sites]
     acting = [site for site in sites if method.acts_on(site)]
     for site, layer in zip(acting, method.new_layers(acting), strict=True):
