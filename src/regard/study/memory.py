@@ -1,9 +1,6 @@
 """The most memory a stretch of code really takes."""
 
-import ctypes
-import ctypes.util
 import gc
-import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +9,7 @@ from typing import Protocol, Self
 import torch
 
 from regard.errors import require
+from regard.probes.heap import trim
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -138,7 +136,4 @@ class _Sampled:
 def _release() -> None:
     """Collect garbage and give freed heap memory back to the system, where it can be asked to."""
     gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "malloc_trim", None)
-        if trim is not None:  # glibc has it, musl does not
-            trim(0)
+    trim()
