@@ -14,6 +14,7 @@ from rich.table import Table
 
 import regard
 from race import machine
+from regard.probes import recorded_averages
 from regard.study.memory import PeakMemory
 from regard.study.models import load
 from regard.tasks.text import english, tokenize
@@ -36,9 +37,10 @@ def difference(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:
         attentions = model(ids, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")  # type: ignore[operator]
     largest: dict[str, float] = {}
-    for layer, weights in zip(found.layers.values(), attentions, strict=True):
+    received = recorded_averages(found)
+    for (i, layer), weights in zip(found.layers.items(), attentions, strict=True):
         expected = {
-            "received": (layer.received, weights.sum(2) / torch.arange(ids.shape[1], 0, -1)),
+            "received": (received[i], weights.sum(2) / torch.arange(ids.shape[1], 0, -1)),
             "entropy": (layer.entropy, torch.special.entr(weights).sum(-1)),
             "peak": (layer.peak, weights.amax(-1)),
             "rows": (layer.rows, weights[:, :, -1:]),

@@ -284,9 +284,16 @@ def record(
 def _grid(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of a picture's patches, where the model says how large they are."""
     picture = next((v for v in inputs.values() if isinstance(v, Tensor) and v.ndim == 4), None)
-    config: Any = getattr(model, "config", None)
-    patch = getattr(getattr(model, "patch_embed", config), "patch_size", None)  # timm, transformers
+    patch = patch_size(model)
     if picture is None or patch is None:
         return None
-    height, width = (patch, patch) if isinstance(patch, int) else patch[-2:]
-    return picture.shape[-2] // height, picture.shape[-1] // width
+    return picture.shape[-2] // patch[0], picture.shape[-1] // patch[1]
+
+
+def patch_size(model: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the patches that a model cuts pictures into, where it says so."""
+    holder: Any = getattr(model, "patch_embed", None) or getattr(model, "config", None)  # timm's, transformers'
+    size = getattr(holder, "patch_size", None)
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (size[-2], size[-1])

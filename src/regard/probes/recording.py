@@ -63,15 +63,6 @@ class LayerRecord:
         return self.distance @ middle / self.distance.sum(-1)
 
     @property
-    def received(self) -> Tensor:
-        """(B, H, M), the mean share that each key gets from the queries that may see it, without padding.
-
-        In a decoder these are the queries from that position on, elsewhere all.
-        """
-        n, m = self.entropy.shape[-1], self.mass.shape[-1]
-        return self.mass / (torch.arange(m, 0, -1) if self.kind == "decoder" and n == m else self._count[..., None])
-
-    @property
     def _count(self) -> Tensor:
         return self.counted.clamp(min=1)[:, None]
 

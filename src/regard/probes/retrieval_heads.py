@@ -207,8 +207,10 @@ class TopKeys(Method):
         m = call.key.shape[2]
         if int(call.step.positions.max()) >= m:
             raise Unsupported(f"top keys where keys were dropped: {call.site.name} holds {m}")
-        found = statistics(call.query, call.key, mask=call.mask, bias=call.bias, scale=call.scale, rows=[0])
-        self.keys[call.site.index] = found.rows[:, :, 0].topk(min(self.topk, m)).indices
+        found = statistics(
+            call.query, call.key, mask=call.mask, bias=call.bias, scale=call.scale, top=[0], top_k=self.topk
+        )
+        self.keys[call.site.index] = found.top_keys[:, :, 0]
 
 
 def detect_retrieval_heads(

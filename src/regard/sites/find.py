@@ -18,11 +18,15 @@ def find_sites(model: nn.Module) -> list[Site]:
     """
     found: list[tuple[str, nn.Module]] = []
     strangers = []
+    whole: tuple[str, ...] = ()  # what the names of parts of call sites begin with
     for name, module in model.named_modules():
-        if any(name.startswith(f"{outer}.") for outer, known in found if not interface.uses_interface(known)):
-            continue  # a part of one
-        if interface.uses_interface(module) or calls.is_call_site(module):
+        if name.startswith(whole):
+            continue
+        if interface.uses_interface(module):
             found.append((name, module))
+        elif calls.is_call_site(module):
+            found.append((name, module))
+            whole += (f"{name}.",)
         elif type(module).__name__.endswith("Attention"):
             strangers.append((name, module))
     around = {outer for outer, _ in strangers for name, _ in found if name.startswith(f"{outer}.")}

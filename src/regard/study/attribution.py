@@ -1,10 +1,8 @@
 """Ways to say which places of a picture speak for a class, by name, and their scores side by side."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +18,7 @@ from regard.probes import (
     lrp,
     normgrad,
     pointing_game,
+    record,
 )
 
 #: model, pictures (B, C, H, W) and classes (B,) to maps (B, H, W)
@@ -115,24 +114,13 @@ def attention_rollout(network: nn.Module, x: Tensor) -> Tensor:
 
     rollout = Π over layers of (mean over heads of A + I) / 2
     """
-    with torch.no_grad(), _eager(network):
-        weights = network(pixel_values=x, output_attentions=True).attentions
+    weights = [layer.rows for layer in record(network, x, queries="all").layers.values()]
     total = torch.eye(weights[0].shape[-1])
     for layer in weights:
         total = (layer.mean(1) + torch.eye(layer.shape[-1])) / 2 @ total
     side = math.isqrt(total.shape[-1] - 1)
     maps = total[:, 1:, 1:].mean(1).unflatten(1, (side, side))
     return F.interpolate(maps[:, None], x.shape[2:], mode="bilinear")[:, 0]
-
-
-@contextmanager
-def _eager(network: Any) -> Iterator[None]:
-    before = network.config._attn_implementation
-    network.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        network.set_attn_implementation(before)
 
 
 def _random(model: nn.Module, x: Tensor, target: Tensor, *, seed: int) -> Tensor:

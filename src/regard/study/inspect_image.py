@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from regard.errors import ArgumentError, MissingExtra, Unsupported, require
+from regard.probes.recorder import patch_size
 from regard.sites import apply
 from regard.study import models, subject
 from regard.study.inspect_weights import Plan, Reduced, Reducer
@@ -209,11 +210,10 @@ def _network(model: Any, device: str | torch.device, dtype: str | torch.dtype) -
 
 def _patch(network: Any) -> tuple[int, int]:
     """Height and width of a patch."""
-    holder = getattr(network, "patch_embed", None) or getattr(network, "config", None)  # timm's, transformers'
-    size = getattr(holder, "patch_size", None)
+    size = patch_size(network)
     if size is None:
         raise Unsupported(f"inspecting {type(network).__name__}: it does not say the size of its patches")
-    return (size, size) if isinstance(size, int) else (size[-2], size[-1])
+    return size
 
 
 def _jpeg(preprocess: Preprocessing, picture: Any) -> bytes:
